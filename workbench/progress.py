@@ -1,0 +1,77 @@
+"""Progress and cancellation of long work, passed down as one object.
+
+A ``Job`` is made by whoever started the work (command line, notebook, dashboard) and given to every long function
+as ``job=``. The function announces a stage and advances it; ``advance`` is also the safe point at which a cancel
+takes effect.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from workbench.errors import Cancelled
+
+
+@dataclass(frozen=True)
+class JobState:
+    """One moment of a job. ``done`` and ``total`` are in the stage's own units; times in seconds."""
+
+    stage: str
+    done: float
+    total: float
+    elapsed_s: float
+    remaining_s: float | None
+
+
+class Job:
+    """Progress of one piece of work, and the flag that stops it between two steps.
+
+    Args:
+        listener: called with a ``JobState`` after every change, in the thread that does the work.
+    """
+
+    def __init__(self, listener: Callable[[JobState], None] | None = None) -> None:
+        self._listener = listener
+        self._cancel = threading.Event()
+        self._stage, self._done, self._total = "", 0.0, 0.0
+        self._started = time.monotonic()
+
+    def stage(self, name: str, total: float) -> None:
+        """Begin a stage of ``total`` units of work (of any kind, as long as they are even)."""
+        self._stage, self._done, self._total = name, 0.0, float(total)
+        self._started = time.monotonic()
+        self._tell()
+        self.check()
+
+    def advance(self, amount: float = 1.0) -> None:
+        """Count work as done. Raises ``Cancelled`` if the job was cancelled meanwhile."""
+        self._done += amount
+        self._tell()
+        self.check()
+
+    def cancel(self) -> None:
+        """Ask the work to stop at its next safe point. May be called from any thread."""
+        self._cancel.set()
+
+    @property
+    def cancelled(self) -> bool:
+        return self._cancel.is_set()
+
+    def check(self) -> None:
+        """Raise ``Cancelled`` if a cancel was asked for."""
+        if self._cancel.is_set():
+            where = f" during {self._stage}" if self._stage else ""
+            raise Cancelled(f"Cancelled{where}. Finished parts are kept: run the same again to resume.")
+
+    @property
+    def state(self) -> JobState:
+        elapsed = time.monotonic() - self._started
+        left = elapsed * (self._total - self._done) / self._done if self._done > 0 else None
+        return JobState(self._stage, self._done, self._total, elapsed, left)
+
+    def _tell(self) -> None:
+        if self._listener is not None:
+            self._listener(self.state)

@@ -1,0 +1,127 @@
+"""The interface that every engine has: immutable weights and a plan, and sequences that run through them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+import numpy as np
+
+from workbench.progress import Job
+from workbench.runtime.plan import Plan, Policy
+
+ActivationMode = Literal["fp32", "bf16", "int8"]
+
+# callback(site, position of the first row, rows float32 (n, width)); sites: linear ids (their inputs) and
+# "blocks.<i>" (the residual entering the block).
+TapCallback = Callable[[str, int, Any], None]
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """How the next token is chosen. ``temperature`` 0 is greedy; ``top_k`` 0 and ``top_p`` 1 leave all tokens in."""
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+
+    def __post_init__(self) -> None:
+        from workbench.errors import InputError
+
+        if self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1:
+            raise InputError(
+                f"Sampler({self.temperature=}, {self.top_k=}, {self.top_p=}): temperature and top_k must be at least "
+                "0 and top_p in (0, 1]."
+            )
+
+
+GREEDY = Sampler()
+
+
+@dataclass(frozen=True)
+class StepTrace:
+    """What one decoding step did.
+
+    ``seconds`` is wall time inside the engine; ``read_bytes`` are stored bytes of block linears that a step of this
+    plan has to read (codes, scales and tables of the widths, heads and neurons in use); ``decisions`` maps each slot
+    to the value in force.
+    """
+
+    position: int
+    token: int
+    seconds: float
+    read_bytes: int
+    decisions: dict[str, Any] = field(default_factory=dict)
+
+
+class EngineSequence(Protocol):
+    """One running text: its cache, position and trace. Made by ``Engine.start``."""
+
+    tokens: list[int]
+    prompt_length: int
+    trace: list[StepTrace]
+
+    @property
+    def position(self) -> int: ...
+
+
+class Engine(Protocol):
+    """Runs one dense or compressed model. All logits are float32 numpy arrays.
+
+    ``score`` and ``log_probabilities`` decide per token exactly as ``step`` does.
+    """
+
+    name: str
+    activation_mode: ActivationMode
+    plan: Plan
+    vocab_size: int
+    context_length: int
+
+    def start(self, *, seed: int = 0, replay: Sequence[dict[str, Any]] | None = None) -> Any:
+        """Return an empty sequence. ``replay`` gives recorded decisions per position to use instead of deciding."""
+        ...
+
+    def prefill(self, sequence: Any, tokens: Sequence[int]) -> np.ndarray:
+        """Feed a prompt; return the logits after its last token, (vocab,)."""
+        ...
+
+    def step(self, sequences: Sequence[Any], tokens: Sequence[int]) -> np.ndarray:
+        """Feed one token to each sequence; return logits (n, vocab)."""
+        ...
+
+    def generate(
+        self,
+        sequence: Any,
+        prompt: Sequence[int],
+        max_new_tokens: int,
+        *,
+        sampler: Sampler = GREEDY,
+        stop_tokens: Sequence[int] = (),
+        job: Job | None = None,
+        on_token: Callable[[int], None] | None = None,
+    ) -> list[int]:
+        """Prefill ``prompt`` and sample up to ``max_new_tokens``; return the new tokens. Cancels between steps."""
+        ...
+
+    def score(self, tokens: Sequence[int], *, prompt_length: int = 1) -> np.ndarray:
+        """Natural-log probability of ``tokens[1:]`` given what precedes each, float32 (len - 1,)."""
+        ...
+
+    def log_probabilities(
+        self, tokens: Sequence[int], *, prompt_length: int = 1, chunk: int = 128
+    ) -> Iterator[tuple[int, np.ndarray]]:
+        """Yield (first position, log-probabilities (n, vocab)) for positions 0 .. len - 1, ``chunk`` at a time."""
+        ...
+
+    def set_policy(self, policy: Policy) -> None:
+        """Change thresholds, widths or masks without touching the weights."""
+        ...
+
+    def set_tap(self, callback: TapCallback | None) -> None:
+        """Call ``callback`` with every linear's input and every block's residual, or stop doing so."""
+        ...
+
+    def close(self) -> None:
+        """Free what the engine holds. A closed engine cannot be used again."""
+        ...

@@ -1,0 +1,244 @@
+"""The plan: which decisions are taken while decoding, from what, and what they change.
+
+A *decider* reads a tap of the forward pass, runs a small program and writes a slot, with a scope. A *consumer* reads
+a slot and changes what the engine computes. Dynamic precision, contextual sparsity, input thresholds and routing are
+all plans; engines know nothing else. Arrays are numpy, so that engines without torch can read a plan.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+import numpy as np
+
+from workbench.errors import EngineError, suggest
+
+TapKind = Literal["residual", "block_input", "attention_output"]
+ConsumerKind = Literal["width", "heads", "neurons", "input_threshold", "path"]
+
+# Values of a ``path`` slot.
+PATH_FULL, PATH_SKIP_ATTENTION, PATH_SKIP_MLP, PATH_SKIP_BLOCK = 0, 1, 2, 3
+
+
+@dataclass(frozen=True)
+class Tap:
+    """A place in the forward pass, read once per token.
+
+    ``residual``: the residual stream entering block ``block`` (before its norm), (hidden,).
+    ``block_input``: the same after the block's input norm, what q, k and v read, (hidden,).
+    ``attention_output``: the concatenated head outputs, what ``o`` reads, (heads * head_dim,).
+    """
+
+    kind: TapKind
+    block: int
+
+
+@dataclass(frozen=True)
+class Scope:
+    """When a decision is taken.
+
+    ``reply``: once, at the last token of the prompt; in force from the next token on. The prompt itself runs with
+    the slot's default. ``every``: at positions 0, n, 2n ... of the sequence, held until the next. ``token``: always.
+    For ``every`` and ``token`` the decision is in force at the deciding token itself, for what lies after the tap.
+    """
+
+    kind: Literal["reply", "every", "token"]
+    n: int = 1
+
+    def __post_init__(self) -> None:
+        if self.n < 1:
+            raise EngineError(f"A scope of every {self.n} tokens is not possible: n must be at least 1.")
+
+
+class Program(Protocol):
+    """A small causal function of one token's tap.
+
+    ``size`` is 1 for a scalar slot, else the length of the mask it writes. ``multiply_adds`` and ``bytes`` are its
+    cost per decision.
+    """
+
+    size: int
+    multiply_adds: int
+    bytes: int
+
+    def __call__(self, taps: np.ndarray, positions: np.ndarray) -> np.ndarray:
+        """Map taps (n, width) float32 at sequence positions (n,) int64 to values (n,) or (n, size) float32.
+
+        Row i of the result depends on row i of the arguments alone.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class NormThreshold:
+    """``high`` where the Euclidean norm of the tap exceeds ``threshold``, else ``low``."""
+
+    threshold: float
+    low: float
+    high: float
+    size: int = 1
+    multiply_adds: int = 0
+    bytes: int = 4
+
+    def __call__(self, taps: np.ndarray, positions: np.ndarray) -> np.ndarray:
+        norms = np.sqrt(np.square(taps, dtype=np.float64).sum(axis=1))
+        return np.where(norms > self.threshold, self.high, self.low).astype(np.float32)
+
+
+@dataclass(frozen=True)
+class ProjectionMask:
+    """A mask of the ``keep`` largest entries of ``taps @ matrix.T``; ties go to the lower index.
+
+    ``matrix`` is float32 (size, width).
+    """
+
+    matrix: np.ndarray
+    keep: int
+
+    @property
+    def size(self) -> int:
+        return int(self.matrix.shape[0])
+
+    @property
+    def multiply_adds(self) -> int:
+        return int(self.matrix.size)
+
+    @property
+    def bytes(self) -> int:
+        return int(self.matrix.nbytes)
+
+    def __call__(self, taps: np.ndarray, positions: np.ndarray) -> np.ndarray:
+        scores = taps.astype(np.float64) @ self.matrix.T.astype(np.float64)
+        order = np.argsort(-scores, axis=1, kind="stable")[:, : self.keep]
+        mask = np.zeros(scores.shape, dtype=np.float32)
+        np.put_along_axis(mask, order, 1.0, axis=1)
+        return mask
+
+
+@dataclass(frozen=True)
+class PositionTable:
+    """The value of the last entry whose position is not after the token's, for schedules that ignore the tap.
+
+    ``positions`` ascends and starts at 0; ``values`` has the same length.
+    """
+
+    positions: tuple[int, ...]
+    values: tuple[float, ...]
+    size: int = 1
+    multiply_adds: int = 0
+    bytes: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.positions or self.positions[0] != 0 or list(self.positions) != sorted(set(self.positions)):
+            raise EngineError(f"Positions of a table must ascend from 0, got {list(self.positions)}.")
+        if len(self.positions) != len(self.values):
+            raise EngineError(f"A table needs one value per position: {len(self.positions)} and {len(self.values)}.")
+
+    def __call__(self, taps: np.ndarray, positions: np.ndarray) -> np.ndarray:
+        index = np.searchsorted(np.asarray(self.positions), positions, side="right") - 1
+        return np.asarray(self.values, dtype=np.float32)[index]
+
+
+@dataclass(frozen=True)
+class Decider:
+    """Writes ``slot`` from ``tap`` by ``program`` at ``scope``; ``default`` holds until the first decision."""
+
+    slot: str
+    tap: Tap
+    program: Program
+    scope: Scope
+    default: float = 0.0
+
+
+@dataclass(frozen=True)
+class Consumer:
+    """Reads ``slot`` and changes what is computed.
+
+    ``width``: target a unit; the slot holds the bits to read it at, one of ``widths``.
+    ``heads`` / ``neurons``: target ``blocks.<i>``; the slot holds a mask of query heads / MLP neurons, 1 = computed.
+    Keys and values are always written.
+    ``input_threshold``: target a unit; inputs of magnitude at most the slot's value are left out.
+    ``path``: target ``blocks.<i>``; the slot holds one of ``PATH_*``. Keys and values are still written.
+    """
+
+    slot: str
+    kind: ConsumerKind
+    target: str
+    widths: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class InputTransform:
+    """A linear map on the input of a linear: ``scale`` (multiply), ``order`` (permute) or ``rotation`` (x @ R).
+
+    ``array`` is float32 (in,), int64 (in,) or float32 (in, in). The stored weights already contain the inverse.
+    """
+
+    kind: Literal["scale", "order", "rotation"]
+    array: np.ndarray
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Deciders, consumers and input transforms (linear id to an ordered list) of one compressed model."""
+
+    deciders: tuple[Decider, ...] = ()
+    consumers: tuple[Consumer, ...] = ()
+    transforms: Mapping[str, Sequence[InputTransform]] = field(default_factory=dict)
+
+    @property
+    def slots(self) -> tuple[str, ...]:
+        return tuple(d.slot for d in self.deciders)
+
+    def decider(self, slot: str) -> Decider:
+        for decider in self.deciders:
+            if decider.slot == slot:
+                return decider
+        raise EngineError(f"The plan has no slot '{slot}'." + suggest(slot, self.slots))
+
+    def check(self) -> None:
+        """Raise ``EngineError`` where the plan contradicts itself: unknown slots, or a decision taken too late."""
+        if len(set(self.slots)) != len(self.slots):
+            raise EngineError("Two deciders of the plan write the same slot.")
+        for consumer in self.consumers:
+            decider = self.decider(consumer.slot)
+            if decider.scope.kind != "reply" and _order_of_use(consumer) < _order_of_tap(decider.tap):
+                raise EngineError(
+                    f"Slot '{consumer.slot}' is decided in block {decider.tap.block} ({decider.tap.kind}) but used "
+                    f"earlier, by {consumer.kind} of {consumer.target}: read an earlier tap, or use scope 'reply'."
+                )
+            if consumer.kind == "width" and not consumer.widths:
+                raise EngineError(f"The width consumer of {consumer.target} lists no widths.")
+
+
+# Position inside a block at which a tap is available and a consumer acts.
+_TAP_STAGE = {"residual": 0, "block_input": 1, "attention_output": 3}
+_UNIT_STAGE = {"qkv": 2, "o": 4, "gate_up": 5, "down": 6}
+
+
+def _order_of_tap(tap: Tap) -> tuple[int, int]:
+    return tap.block, _TAP_STAGE[tap.kind]
+
+
+def _order_of_use(consumer: Consumer) -> tuple[int, int]:
+    parts = consumer.target.split(".")
+    if len(parts) < 2 or parts[0] != "blocks" or not parts[1].isdigit():
+        raise EngineError(f"A consumer's target must be blocks.<i> or blocks.<i>.<unit>, got '{consumer.target}'.")
+    stage = {"heads": 4, "neurons": 5, "path": 2}.get(consumer.kind)
+    if stage is None:
+        if len(parts) != 3 or parts[2] not in _UNIT_STAGE:
+            raise EngineError(f"A {consumer.kind} consumer targets a unit, got '{consumer.target}'.")
+        stage = _UNIT_STAGE[parts[2]]
+    return int(parts[1]), stage
+
+
+@dataclass(frozen=True)
+class Policy:
+    """The part of a recipe that may change at run time without new bytes: fixed values per slot.
+
+    A slot named here takes its value (a number, or a mask) instead of asking its decider.
+    """
+
+    values: Mapping[str, float | np.ndarray] = field(default_factory=dict)
