@@ -15,7 +15,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMPS := $(VENV)/stamps
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
-INSTALL := $(PIP) install --quiet
+INSTALL := $(PIP) install -qq
 # pytest is given folders that exist; notebooks run as tests beside the rest, so that one summary covers all.
 TESTS := tests $(wildcard notebooks)
 
