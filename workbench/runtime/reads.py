@@ -1,0 +1,92 @@
+"""Stored bytes that one decoding step has to read under a plan, counted from the decisions in force."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+from workbench.models.base import Architecture, Linear
+from workbench.runtime.decisions import Decisions
+from workbench.runtime.plan import PATH_SKIP_ATTENTION, PATH_SKIP_BLOCK, PATH_SKIP_MLP, Consumer, Plan
+
+
+class ReadCounter:
+    """Counts bytes of block linears per token.
+
+    A width consumer reads the linear at its width. A head mask scales the query rows and ``o``; a neuron mask scales
+    gate, up and down; a skipped attention leaves out the query rows and ``o`` (keys and values are still written);
+    an input threshold scales a linear by its share of inputs kept. What a decider itself reads is added when it
+    decides.
+
+    Args:
+        architecture: the model's parts.
+        plan: what may change.
+        stored_bytes: (linear id, bits or None) to bytes read.
+    """
+
+    def __init__(
+        self, architecture: Architecture, plan: Plan, stored_bytes: Callable[[str, int | None], float]
+    ) -> None:
+        self._architecture = architecture
+        self._plan = plan
+        self._stored_bytes = stored_bytes
+        self._base = {linear.id: float(stored_bytes(linear.id, None)) for linear in architecture.linears}
+        self._total = sum(self._base.values())
+        self._kept_inputs: dict[str, np.ndarray] = {}
+
+    def begin(self) -> None:
+        """Forget what the previous chunk noted."""
+        self._kept_inputs = {}
+
+    def note_inputs(self, linear_id: str, kept: torch.Tensor) -> None:
+        """Note which inputs of a linear passed their threshold, bool (..., tokens, in)."""
+        self._kept_inputs[linear_id] = kept.reshape(-1, kept.shape[-1]).float().mean(dim=1).cpu().numpy()
+
+    def per_token(self, decisions: Decisions, count: int) -> np.ndarray:
+        """Bytes read for each of the chunk's ``count`` tokens, float64 (count,)."""
+        if not self._plan.consumers:
+            return np.full(count, self._total)
+        total = np.zeros(count)
+        for linear in self._architecture.linears:
+            total += self._of_linear(linear, decisions, count)
+        for decider in self._plan.deciders:
+            every = {"token": 1, "every": decider.scope.n, "reply": 0}[decider.scope.kind]
+            if every:
+                total += decider.program.bytes / every
+        return total
+
+    def _of_linear(self, linear: Linear, decisions: Decisions, count: int) -> np.ndarray:
+        read = np.full(count, self._base[linear.id])
+        kind = linear.unit.rsplit(".", 1)[1]
+        for consumer in self._plan.consumers:
+            if consumer.target == linear.unit and consumer.kind == "width":
+                sizes = {b: self._stored_bytes(linear.id, b) for b in consumer.widths}
+                read = np.array([sizes[int(b)] for b in decisions.in_force(consumer.slot)])
+        for consumer in self._plan.consumers:
+            if consumer.target == f"blocks.{linear.block}":
+                kept = self._kept_share(consumer, kind, decisions)
+                share = self._query_share(linear) if kind == "qkv" else 1.0
+                read = read * (1 - share + share * kept)
+        return read * self._kept_inputs.get(linear.id, 1.0)
+
+    def _kept_share(self, consumer: Consumer, kind: str, decisions: Decisions) -> np.ndarray | float:
+        attention = kind in ("qkv", "o")
+        values = decisions.in_force(consumer.slot)
+        if consumer.kind == "heads" and attention:
+            return values.mean(axis=1)
+        if consumer.kind == "neurons" and not attention:
+            return values.mean(axis=1)
+        if consumer.kind == "path":
+            skipped = PATH_SKIP_ATTENTION if attention else PATH_SKIP_MLP
+            return 1.0 - np.isin(values, (skipped, PATH_SKIP_BLOCK))
+        return 1.0
+
+    def _query_share(self, linear: Linear) -> float:
+        """Share of a qkv linear's rows that are query rows."""
+        if linear.role == "q":
+            return 1.0
+        if linear.role in ("k", "v"):
+            return 0.0
+        return self._architecture.n_heads / (self._architecture.n_heads + 2 * self._architecture.n_kv_heads)
