@@ -6,7 +6,7 @@ talk to itself: both are decided here, once, and stored in the ``LoadedModel``.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from workbench.errors import ModelError
 from workbench.models.base import Fingerprint, LoadedModel
@@ -14,6 +14,7 @@ from workbench.models.families import architecture
 from workbench.models.fingerprint import fingerprint as fingerprint_of
 
 if TYPE_CHECKING:
+    from torch import nn
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 # Families trained with a beginning token on every sequence, whatever the tokenizer's settings say.
@@ -95,7 +96,7 @@ def wrap(
         )
     module.eval()
     module.requires_grad_(False)
-    weight = module.get_submodule(parts.embedding_path).weight
+    embedding = cast("nn.Embedding", module.get_submodule(parts.embedding_path))
     return LoadedModel(
         name=name,
         source=source,
@@ -103,8 +104,8 @@ def wrap(
         tokenizer=tokenizer,
         architecture=parts,
         fingerprint=fingerprint or fingerprint_of(module),
-        dtype=weight.dtype,
-        device=weight.device,
+        dtype=embedding.weight.dtype,
+        device=embedding.weight.device,
         bos=beginning_token(tokenizer, parts.family),
         stop_tokens=stop_tokens(module, tokenizer),
     )
