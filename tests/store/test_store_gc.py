@@ -1,0 +1,179 @@
+"""``gc`` bounds the store, least recently used first, and never takes what a run uses."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from datetime import datetime, timedelta
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from workbench.errors import InputError
+from workbench.store import Store, artifacts, cleaning, database
+
+DAY_S = 24 * 3600
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[Store]:
+    with Store(tmp_path) as opened:
+        yield opened
+
+
+def put(store: Store, key: str, data: bytes) -> Path:
+    return store.put_artifact("blob", key, lambda path: _write(path, data))
+
+
+def _write(path: Path, data: bytes) -> None:
+    path.write_bytes(data)
+
+
+def keys(store: Store) -> list[str]:
+    return [artifact.key for artifact in store.artifacts()]
+
+
+def use(store: Store, *names: str) -> int:
+    return store.record_run("demo", name="", model="", method="", artifacts={name: name for name in names})
+
+
+def object_bytes(store: Store) -> int:
+    return sum(path.stat().st_size for path in (store.home / "objects").rglob("*") if path.is_file())
+
+
+def grow_old(*paths: Path) -> None:
+    for path in paths:
+        for entry in [path, *path.rglob("*")]:
+            os.utime(entry, (time.time() - 2 * DAY_S,) * 2)
+
+
+def test_least_recently_used_go_first(store: Store) -> None:
+    for name in "abcd":
+        put(store, name, name.encode() * 10)
+    assert store.artifact("blob", "a") is not None
+    removed = store.gc(max_bytes=25)
+    assert [(removal.name, removal.bytes) for removal in removed] == [("blob/b", 10), ("blob/c", 10)]
+    assert keys(store) == ["d", "a"]
+    assert object_bytes(store) == 20
+    assert store.verify() == []
+    assert store.gc(max_bytes=25) == []
+
+
+def test_what_a_run_uses_stays_until_the_run_is_deleted(store: Store) -> None:
+    for name in "abc":
+        put(store, name, name.encode() * 10)
+    number = use(store, "a", "b")
+    store.gc(max_bytes=0, older_than_days=0)
+    assert sorted(keys(store)) == ["a", "b"]
+    assert store.run(number)["artifacts"]["a"].read_bytes() == b"a" * 10
+    store.delete_run(number)
+    store.gc(max_bytes=0)
+    assert keys(store) == []
+    assert object_bytes(store) == 0
+
+
+def test_shared_content_stays_for_the_other(store: Store) -> None:
+    put(store, "a", b"same" * 5)
+    path = put(store, "b", b"same" * 5)
+    use(store, "b")
+    (removal,) = store.gc(max_bytes=0)
+    assert (removal.name, removal.bytes) == ("blob/a", 0)
+    assert store.artifact("blob", "b") == path
+
+
+def test_older_than_days(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    def ten_days_ago() -> datetime:
+        return database.now() - timedelta(days=10)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(artifacts, "now", ten_days_ago)
+        put(store, "old", b"old")
+        put(store, "touched", b"touched")
+    put(store, "new", b"new")
+    assert store.artifact("blob", "touched") is not None
+    assert store.gc(older_than_days=11) == []
+    assert [removal.name for removal in store.gc(older_than_days=9)] == ["blob/old"]
+
+
+def test_abandoned_files_go_after_a_day(store: Store) -> None:
+    store.checkpoint("old").write("part", pd.DataFrame({"a": [1]}))
+    store.checkpoint("new").write("part", pd.DataFrame({"a": [1]}))
+    temporary = store.home / "tmp" / "killed"
+    temporary.write_bytes(b"half")
+    path = put(store, "damaged", b"content")
+    path.write_bytes(b"CONTENTS")
+    assert store.artifact("blob", "damaged") is None
+    assert store.gc() == []
+    grow_old(temporary, store.home / "checkpoints" / "old", *(store.home / "quarantine").iterdir())
+    assert [removal.what for removal in store.gc()] == ["tmp", "checkpoint", "quarantine"]
+    assert not temporary.exists()
+    assert store.checkpoint("new").has("part")
+    assert not store.checkpoint("old").has("part")
+
+
+def test_checkpoint_that_still_grows_is_not_abandoned(store: Store) -> None:
+    checkpoint = store.checkpoint("running")
+    checkpoint.write("first", pd.DataFrame({"a": [1]}))
+    grow_old(store.home / "checkpoints" / "running")
+    checkpoint.write("second", pd.DataFrame({"a": [2]}))
+    assert store.gc() == []
+    assert checkpoint.has("first")
+
+
+def test_unnamed_objects_go_at_once(store: Store) -> None:
+    orphan = store.home / "objects" / "ab" / ("ab" * 32)
+    orphan.parent.mkdir()
+    orphan.write_bytes(b"renamed, then killed")
+    kept = put(store, "a", b"kept")
+    assert [removal.what for removal in store.gc()] == ["object"]
+    assert not orphan.exists()
+    assert kept.exists()
+
+
+def test_run_recorded_meanwhile_keeps_its_artifact(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run recorded between choosing what to remove and removing it still wins."""
+    put(store, "a", b"content")
+    choose = cleaning._dispensable
+
+    def choose_then_record(*args: object) -> Iterator[artifacts.Artifact]:
+        chosen = list(choose(*args))  # type: ignore[arg-type]
+        assert [row.key for row in chosen] == ["a"]
+        use(store, "a")
+        return iter(chosen)
+
+    monkeypatch.setattr(cleaning, "_dispensable", choose_then_record)
+    assert store.gc(max_bytes=0) == []
+    assert store.artifact("blob", "a") is not None
+
+
+@pytest.mark.parametrize("bounds", [{"max_bytes": -1}, {"older_than_days": -0.5}])
+def test_negative_bounds(store: Store, bounds: dict[str, int]) -> None:
+    with pytest.raises(InputError, match="must be at least 0"):
+        store.gc(**bounds)  # type: ignore[arg-type]
+
+
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    sizes=st.lists(st.integers(0, 40), min_size=1, max_size=6),
+    used=st.sets(st.integers(0, 5)),
+    bound=st.integers(0, 150),
+)
+def test_bound_holds(tmp_path_factory: pytest.TempPathFactory, sizes: list[int], used: set[int], bound: int) -> None:
+    with Store(tmp_path_factory.mktemp("store")) as store:
+        for number, size in enumerate(sizes):
+            put(store, str(number), bytes([number]) * size)
+        kept = {str(number) for number in used if number < len(sizes)}
+        if kept:
+            use(store, *kept)
+        promised = store.gc(max_bytes=bound, dry_run=True)
+        before = object_bytes(store)
+        assert len(store.artifacts()) == len(sizes)
+        assert store.gc(max_bytes=bound) == promised
+        assert before - object_bytes(store) == sum(removal.bytes for removal in promised)
+        assert kept <= set(keys(store))
+        assert object_bytes(store) <= bound or set(keys(store)) == kept
+        assert store.verify() == []

@@ -1,0 +1,124 @@
+"""Finished parts of an analysis that has not ended yet, so that an interrupted one resumes.
+
+A part is one Parquet file whose name holds the SHA-256 of its bytes: one rename makes it both present and verifiable,
+and two processes that compute the same part write the same name.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import logging
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from workbench.errors import StoreError
+from workbench.store import files
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+log = logging.getLogger(__name__)
+
+_ATTEMPTS = 3  # the folder may be discarded by another process between making it and using it
+
+
+class PartMissing(StoreError):
+    """A part was asked for that is not there: never written, damaged, or discarded by another process."""
+
+
+class Checkpoint:
+    """Parts of one analysis. Made by ``Store.checkpoint``; nothing is on disk before the first ``write``.
+
+    Args:
+        home: the store's folder.
+        key: the analysis' cache key.
+    """
+
+    def __init__(self, home: Path, key: str) -> None:
+        self._home = home
+        self._key = files.check_name("Checkpoint key", key)
+        self._folder = home / "checkpoints" / key
+
+    def has(self, part: str) -> bool:
+        """Whether the part is there and undamaged. A damaged part is set aside."""
+        return self._bytes(part) is not None
+
+    def read(self, part: str) -> pd.DataFrame:
+        """Return the part's table as it was written, with a fresh index.
+
+        Raises:
+            PartMissing: no such part.
+        """
+        import pyarrow.parquet as pq
+
+        content = self._bytes(part)
+        if content is None:
+            raise PartMissing(f"Part '{part}' of {self._key[:12]} is not in the store: compute it again.")
+        return pq.read_table(io.BytesIO(content)).to_pandas()
+
+    def write(self, part: str, table: pd.DataFrame) -> None:
+        """Keep a finished part.
+
+        Raises:
+            StoreError: the disk refuses. Nothing is left behind.
+        """
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        buffer = io.BytesIO()
+        pq.write_table(pa.Table.from_pandas(table, preserve_index=False), buffer, compression="zstd")
+        content = buffer.getvalue()
+        target = self._folder / f"{_prefix(part)}{hashlib.sha256(content).hexdigest()}.parquet"
+        with files.scratch(self._home) as temporary, files.disk_errors(f"Writing part '{part}' to {self._home}"):
+            with temporary.open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            for attempt in range(1, _ATTEMPTS + 1):
+                try:
+                    files.publish(temporary, target)
+                    break
+                except FileNotFoundError:
+                    if attempt == _ATTEMPTS:
+                        raise
+
+    def discard(self) -> None:
+        """Remove all parts."""
+        with files.scratch(self._home) as temporary, files.disk_errors(f"Removing {self._folder}"):
+            try:
+                os.replace(self._folder, temporary)
+            except FileNotFoundError:
+                return
+
+    def problems(self) -> list[str]:
+        """Return one line for each damaged part."""
+        return [
+            f"Part {path.name} of checkpoint {self._key} does not match its checksum."
+            for path in sorted(self._folder.glob("*.parquet"))
+            if _digest(path) != files.sha256_of(path)
+        ]
+
+    def _bytes(self, part: str) -> bytes | None:
+        for path in sorted(self._folder.glob(f"{_prefix(part)}*.parquet")):
+            try:
+                with files.disk_errors(f"Reading part '{part}'"):
+                    content = path.read_bytes()
+            except FileNotFoundError:
+                continue
+            if hashlib.sha256(content).hexdigest() == _digest(path):
+                return content
+            with files.disk_errors(f"Setting the damaged {path} aside"):
+                files.set_aside(self._home, path)
+            log.warning("Stored part '%s' does not match its checksum: set aside, will be computed again.", part)
+        return None
+
+
+def _prefix(part: str) -> str:
+    """Part names are free text: their hash is the file's name."""
+    return hashlib.sha256(part.encode()).hexdigest()[:32] + "-"
+
+
+def _digest(path: Path) -> str:
+    return path.stem.partition("-")[2]
