@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -13,6 +14,8 @@ from hypothesis import strategies as st
 
 from workbench.analysis.profile import Profile
 from workbench.errors import InputError
+from workbench.measure.latency import LatencyResult, SideLatency
+from workbench.measure.statistics import Interval
 from workbench.view import plots
 from workbench.view.heatmap import _steps_per_cell
 from workbench.view.style import escape
@@ -104,15 +107,15 @@ def test_what_a_profile_does_not_hold_is_said(steps_profile: Make) -> None:
 def test_foreign_text_stays_text(steps_profile: Make, scores_profile: Make) -> None:
     nasty = "<script>alert(1)</script><b>x</b><a href='javascript:1'>y</a>"
     profile = steps_profile(suffix=nasty, model=nasty, prompts=(2,), replies=(2,), widths=(4,))
-    ranking = pd.DataFrame({"linear": [f"blocks.0.q{nasty}"], "unit": ["blocks.0.qkv"], "relative_error": [0.1]})
+    ranking = pd.DataFrame({"linear": [f"blocks.0.q{nasty}"], "unit": ["blocks.0.qkv"], "mean": [0.1]})
     points = pd.DataFrame({"effective_bits": [4.0], "damage": [0.1], "kind": ["solved"]})
     measured = pd.DataFrame({"effective_bits": [4.0], "kl_mean": [0.1], "name": [nasty]})
     for figure in (
         plots.step_heatmap(profile, 4),
         plots.ranked_bars(ranking, note=nasty),
         plots.pareto(points, measured=measured, note=nasty),
-        plots.latency_comparison([1.0], [2.0], names=("dense", nasty), note=nasty),
-        plots.damage_by_unit(scores_profile(), {f"blocks.0.{nasty.replace('.', '')}": 4}),
+        plots.latency_comparison(latency(1.0, 2.0, 3.0, nasty), note=nasty),
+        plots.damage_by_unit(scores_profile().table, {f"blocks.0.{nasty.replace('.', '')}": 4}),
     ):
         written = json.dumps(figure.to_plotly_json(), default=lambda a: a.tolist())
         assert "<script" not in written
@@ -134,7 +137,7 @@ def test_grid_of_bits_shows_each_unit_once(scores_profile: Make) -> None:
     grid = plots.bits_table(bits)
     assert list(grid.index) == ["qkv", "o", "gate_up", "down"]
     assert {f"blocks.{b}.{k}": grid.loc[k, b] for k in grid.index for b in grid.columns} == bits
-    figure = plots.damage_by_unit(scores_profile(), bits, pinned=["blocks.1.o"])
+    figure = plots.damage_by_unit(scores_profile().table, bits, pinned=["blocks.1.o"])
     assert figure.data[0].text[1][1] == "4•"
     assert "pinned by you" in figure.data[0].hovertext[1][1]
     assert "predicted damage (kl) 0.5" in figure.data[0].hovertext[1][1]
@@ -159,23 +162,28 @@ def test_pareto_joins_the_solved_points_in_order() -> None:
     assert figure.layout.yaxis.type == "log"
 
 
+def latency(low: float, value: float, high: float, name: str = "x") -> LatencyResult:
+    """A hand-made measurement with that ratio."""
+
+    def side(ms: float) -> SideLatency:
+        return SideLatency(name, name, "fp32", ms, 1.2 * ms, 1.4 * ms, 1000 / ms, 50.0, 500.0, 512, 1e8, 320)
+
+    return LatencyResult(side(10.0), side(10.0 * value), Interval(value, low, high), 20, 2, 12, 16, 0.0, {}, "")
+
+
 @pytest.mark.parametrize(
     ("ratio", "words"),
     [
-        ((0.5, 0.4, 0.6), "Compressed is faster than dense: 0.50x"),
-        ((1.5, 1.4, 1.6), "Compressed is slower than dense: 1.50x"),
-        ((1.0, 0.9, 1.1), "No difference in speed beyond the noise"),
+        ((0.4, 0.5, 0.6), "Faster than dense: 0.50x the time per token, 95 % interval 0.40 to 0.60"),
+        ((1.4, 1.5, 1.6), "Slower than dense: 1.50x"),
+        ((0.9, 1.0, 1.1), "No difference to dense shown: 1.00x"),
+        ((math.nan, 1.0, math.nan), "1.00x the time per token of dense; one pair gives no interval"),
     ],
 )
 def test_the_title_says_faster_only_beyond_the_interval(ratio: tuple[float, float, float], words: str) -> None:
-    figure = plots.latency_comparison([10.0, 11.0], [9.0, 12.0], ratio=ratio)
+    figure = plots.latency_comparison(latency(*ratio))
     assert figure.layout.title.text.startswith(words)
-    assert f"{ratio[1]:.2f} to {ratio[2]:.2f}" in figure.layout.title.text
-
-
-def test_latency_table_holds_percentiles_and_counts() -> None:
-    table = plots.latency_table(list(range(101)), [5.0] * 7, ("dense", "compressed"))
-    assert list(table["n"]) == [101, 7]
-    assert list(table.loc[0, ["p50_ms", "p95_ms", "p99_ms"]]) == [50, 95, 99]
-    with pytest.raises(InputError, match="no timings of compressed"):
-        plots.latency_table([1.0], [], ("dense", "compressed"))
+    assert "20 pairs of 16 tokens" in figure.layout.title.subtitle.text
+    bar = figure.data[0]
+    assert bar.x[0] + bar.error_x.array[0] == pytest.approx(12.0)  # dense p95
+    assert list(plots.latency_table(latency(*ratio))["p50_ms"]) == [10.0, 10.0 * ratio[1]]

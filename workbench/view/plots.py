@@ -7,12 +7,12 @@ picture and for those who want the numbers.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
-from workbench.analysis.profile import Profile
 from workbench.errors import InputError
 from workbench.models.base import UNIT_KINDS
 from workbench.view.heatmap import require_columns, step_grid, step_heatmap
@@ -30,6 +30,9 @@ from workbench.view.style import (
     join,
 )
 
+if TYPE_CHECKING:
+    from workbench.measure.latency import LatencyResult
+
 __all__ = [
     "bits_table",
     "damage_by_unit",
@@ -43,18 +46,22 @@ __all__ = [
 ]
 
 
+# Measures of a unit's damage, the most trustworthy first.
+DAMAGES = ("kl", "fisher", "gradient")
+
+
 def ranked_bars(ranking: pd.DataFrame, top: int = 30, *, value: str | None = None, note: str = "") -> go.Figure:
     """Horizontal bars, the most sensitive unit or linear on top.
 
     Args:
-        ranking: most sensitive first; a name column (``linear`` or ``unit``) and a value column. ``ranking`` of the
-            sensitivity analysis gives such a table.
-        top: how many rows to draw; the title says how many there are.
-        value: the value column; by default the first of kl, fisher, gradient, relative_error, damage that is there.
+        ranking: most sensitive first, as ``rank_linears`` and ``rank_units`` give it: a name column (``linear`` or
+            ``unit``) and a value column.
+        top: how many rows to draw; the subtitle says how many there are.
+        value: the value column; by default the first of kl, fisher, gradient and mean that is there.
         note: what was looked at, for the subtitle.
     """
     name = "linear" if "linear" in ranking else "unit"
-    value = value or next((v for v in ("kl", "fisher", "gradient", "relative_error", "damage") if v in ranking), None)
+    value = value or next((v for v in (*DAMAGES, "mean") if v in ranking), None)
     if value is None or value not in ranking or name not in ranking:
         raise InputError(f"A ranking needs a name and a value column, this one has: {', '.join(ranking.columns)}.")
     drawn = ranking.head(top).iloc[::-1]
@@ -94,25 +101,22 @@ def bits_table(bits_by_unit: Mapping[str, float]) -> pd.DataFrame:
 
 
 def damage_by_unit(
-    profile: Profile | None, bits_by_unit: Mapping[str, float], *, pinned: Sequence[str] = ()
+    damage: pd.DataFrame | None, bits_by_unit: Mapping[str, float], *, pinned: Sequence[str] = ()
 ) -> go.Figure:
     """Grid of the chosen bits: kind of unit (y) by block (x), with each unit's predicted damage on hover.
 
     The number is written into each cell, so that nothing is told by colour alone; pinned units are marked ``•``.
 
     Args:
-        profile: unit scores (``block``, ``unit``, ``bits`` and ``kl``, ``fisher`` or ``gradient``), or None.
+        damage: a damage table (``unit``, ``bits`` and ``kl``, ``fisher`` or ``gradient``), or None.
         bits_by_unit: unit id to bits; 16 is dense.
         pinned: units whose bits the user fixed.
     """
     grid = bits_table(bits_by_unit)
-    damage: dict[tuple[str, float], float] = {}
-    metric = ""
-    if profile is not None:
-        metric = next((v for v in ("kl", "fisher", "gradient") if v in profile.table), "")
-        if metric:
-            table = profile.table
-            damage = dict(zip(zip(table["unit"], table["bits"], strict=True), table[metric], strict=True))
+    metric = next((name for name in DAMAGES if damage is not None and name in damage), "")
+    known: dict[tuple[str, float], float] = {}
+    if damage is not None and metric:
+        known = dict(zip(zip(damage["unit"], damage["bits"], strict=True), damage[metric], strict=True))
     text, hover = [], []
     for kind in grid.index:
         row_text, row_hover = [], []
@@ -124,8 +128,8 @@ def damage_by_unit(
                 continue
             row_text.append(f"{bits:g}" + ("•" if unit in pinned else ""))
             lines = [f"<b>{escape(unit)}</b>", f"{bits:g} bits" + (", pinned by you" if unit in pinned else "")]
-            if (unit, bits) in damage:
-                lines.append(f"predicted damage ({metric}) {damage[unit, bits]:.3g}")
+            if (unit, bits) in known:
+                lines.append(f"predicted damage ({metric}) {known[unit, bits]:.3g}")
             row_hover.append("<br>".join(lines))
         text.append(row_text)
         hover.append(row_hover)
@@ -222,9 +226,9 @@ def pareto(
     figure.update_layout(
         template=TEMPLATE,
         title={"text": "Bits against damage", "subtitle": {"text": join([note, intervals])}},
-        height=420,
+        height=460,
         xaxis_title="effective bits per weight (scales and zero points counted)",
-        yaxis={"title": "damage: KL to dense (nats per token, log scale)", "type": "log", "exponentformat": "power"},
+        yaxis={"title": "KL to dense (nats per token, log)", "type": "log", "exponentformat": "power"},
     )
     return figure
 
@@ -255,73 +259,80 @@ def _measured_trace(measured: pd.DataFrame, hover: str) -> dict[str, object]:
 # ----------------------------------------------------------------------------------------------------- latency
 
 
-def latency_table(baseline_ms: Sequence[float], candidate_ms: Sequence[float], names: tuple[str, str]) -> pd.DataFrame:
-    """Count, mean and percentiles of both sides, in milliseconds per token."""
-    rows = []
-    for name, values in zip(names, (baseline_ms, candidate_ms), strict=True):
-        sample = np.asarray(values, dtype=np.float64)
-        if sample.size == 0:
-            raise InputError(f"There are no timings of {name}: measure the latency first.")
-        p50, p95, p99 = np.percentile(sample, [50, 95, 99])
-        rows.append((name, sample.size, sample.mean(), p50, p95, p99))
-    return pd.DataFrame(rows, columns=["name", "n", "mean_ms", "p50_ms", "p95_ms", "p99_ms"])
+def latency_table(result: LatencyResult) -> pd.DataFrame:
+    """Percentiles of the time per token of both sides, milliseconds, and how many decoding steps they come from."""
+    rows = [
+        (name, side.engine, side.steps, side.p50_ms, side.p95_ms, side.p99_ms, side.tokens_per_s)
+        for name, side in zip(_SIDES, (result.baseline, result.candidate), strict=True)
+    ]
+    return pd.DataFrame(rows, columns=["name", "engine", "n", "p50_ms", "p95_ms", "p99_ms", "tokens_per_s"])
 
 
-def latency_comparison(
-    baseline_ms: Sequence[float],
-    candidate_ms: Sequence[float],
-    *,
-    ratio: tuple[float, float, float] | None = None,
-    names: tuple[str, str] = ("dense", "compressed"),
-    note: str = "",
-) -> go.Figure:
-    """Box of per-token times of both sides; the title says plainly which is faster.
+def latency_comparison(result: LatencyResult, *, note: str = "") -> go.Figure:
+    """Time per token of dense and compressed: bar to the median, line to p95; the title says plainly which is faster.
 
     Args:
-        baseline_ms: milliseconds per token, one number per repeat or per token.
-        candidate_ms: the same for the candidate.
-        ratio: candidate time / baseline time with the low and high end of its 95 % interval; the paired estimate of
-            the measurement, which these two samples alone cannot give.
-        names: of both sides.
+        result: of ``compare_latency``.
         note: what was measured, for the subtitle.
     """
-    table = latency_table(baseline_ms, candidate_ms, names)
-    figure = go.Figure()
-    for name, values, color, row in zip(
-        names, (baseline_ms, candidate_ms), (DENSE_COLOR, COMPRESSED_COLOR), table.itertuples(), strict=True
-    ):
-        label = f"{escape(name)}<br>p50 {row.p50_ms:.3g} ms<br>p95 {row.p95_ms:.3g} ms"
-        figure.add_box(
-            x=np.asarray(values, dtype=np.float64),
-            name=label,
-            marker={"color": color, "size": 4},
-            boxpoints="outliers",
-            hoverinfo="x",
+    table = latency_table(result)
+    labels = [f"{row.name} p50 {row.p50_ms:.3g} ms, p95 {row.p95_ms:.3g} ms" for row in table.itertuples(index=False)]
+    figure = go.Figure(
+        go.Bar(
+            x=table["p50_ms"],
+            y=table["name"],
             orientation="h",
+            width=0.5,
+            marker={"color": [DENSE_COLOR, COMPRESSED_COLOR]},
+            error_x={
+                "type": "data",
+                "symmetric": False,
+                "array": table["p95_ms"] - table["p50_ms"],
+                "arrayminus": [0.0, 0.0],
+                "thickness": 2,
+                "width": 8,
+            },
+            text=[label.split(" ", 1)[1] for label in labels],
+            textposition="inside",
+            insidetextanchor="start",
+            textfont={"color": "white"},
+            hovertext=labels,
+            hovertemplate="%{hovertext}<extra></extra>",
         )
+    )
+    facts = [
+        f"{result.pairs} pairs of {result.new_tokens} tokens",
+        f"engine {result.baseline.engine}" if result.baseline.engine == result.candidate.engine else "",
+        f"{result.threads} threads",
+        "line to p95",
+        note,
+        result.note,
+    ]
     figure.update_layout(
         template=TEMPLATE,
-        title={
-            "text": escape(speed_sentence(ratio, names)) if ratio else "Time per token",
-            "subtitle": {"text": join([f"n = {len(baseline_ms)} and {len(candidate_ms)}", note])},
-        },
-        height=330,
-        showlegend=False,
+        title={"text": speed_sentence(result), "subtitle": {"text": join(facts)}},
+        height=280,
         xaxis={"title": "time per token (ms)", "rangemode": "tozero"},
         yaxis={"autorange": "reversed", "showgrid": False},
     )
     return figure
 
 
-def speed_sentence(ratio: tuple[float, float, float], names: tuple[str, str] = ("dense", "compressed")) -> str:
-    """Say a ratio of times in words; "faster" or "slower" only where the interval excludes 1."""
-    middle, low, high = ratio
-    interval = f"{middle:.2f}x the time per token, 95 % interval {low:.2f} to {high:.2f}"
-    if high < 1:
-        return f"{names[1].capitalize()} is faster than {names[0]}: {interval}"
-    if low > 1:
-        return f"{names[1].capitalize()} is slower than {names[0]}: {interval}"
-    return f"No difference in speed beyond the noise: {interval}"
+_SIDES = ("dense", "compressed")
+
+
+def speed_sentence(result: LatencyResult) -> str:
+    """Say the ratio of times in words: "faster" and "slower" only where the interval excludes 1."""
+    ratio = result.ratio
+    if result.verdict == "unknown":
+        return f"{ratio.value:.2f}x the time per token of dense; one pair gives no interval"
+    said = {
+        "faster": "Faster than dense",
+        "slower": "Slower than dense",
+        "no difference": "No difference to dense shown",
+    }
+    interval = f"{ratio.value:.2f}x the time per token, 95 % interval {ratio.low:.2f} to {ratio.high:.2f}"
+    return f"{said[result.verdict]}: {interval}"
 
 
 # ----------------------------------------------------------------------------------------------------- helpers
@@ -329,9 +340,8 @@ def speed_sentence(ratio: tuple[float, float, float], names: tuple[str, str] = (
 
 def _axis_name(value: str) -> str:
     return {
-        "kl": "KL to dense (nats per token)",
-        "fisher": "Fisher score (predicted loss increase)",
-        "gradient": "gradient score (predicted loss change)",
-        "relative_error": "relative output error",
-        "damage": "damage",
+        "kl": "KL to dense with this unit alone changed (nats per token)",
+        "fisher": "Fisher score, an estimate of the KL (nats per token)",
+        "gradient": "gradient score: first-order change of the loss (nats per token)",
+        "mean": "relative output error, mean over decoding steps",
     }.get(value, value)

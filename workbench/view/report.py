@@ -30,6 +30,9 @@ from workbench.view.texts import Generation, differences, marked_html
 # More rows make the file slow to open and nobody reads them; the profile beside the report holds all.
 MAX_TABLE_ROWS = 500
 
+# What names a candidate, best first.
+_NAME_KEYS = ("variant", "method", "name")
+
 HOW: dict[str, str] = {
     "ms_per_token": "Wall time of one decoding step, batch 1. Dense and compressed run in turn (ABBA) in one fresh "
     "process with pinned threads, after a warm-up.",
@@ -225,8 +228,8 @@ def _table(frame: pd.DataFrame, caption: str) -> dict[str, Any]:
 
 def _measurement_table(measurements: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Turn rows into one column per candidate: few candidates with many numbers each read better that way."""
-    names = [str(row.get("variant") or row.get("method") or row.get("name") or i) for i, row in enumerate(measurements)]
-    keys = list(dict.fromkeys(key for row in measurements for key in row))
+    names = [next((str(row[k]) for k in _NAME_KEYS if row.get(k)), str(i)) for i, row in enumerate(measurements)]
+    keys = [key for key in dict.fromkeys(key for row in measurements for key in row) if key not in _NAME_KEYS]
     rows = [[key, *(_cell(row.get(key)) for row in measurements)] for key in keys]
     columns = [("number", False), *((name, True) for name in names)]
     return {"caption": "Candidates beside dense", "columns": columns, "rows": rows, "left_out": 0}
