@@ -14,10 +14,12 @@ import numpy as np
 import pandas as pd
 import pytest
 from sqlalchemy import Engine, event, text
+from sqlalchemy.dialects import postgresql
+from sqlalchemy.schema import CreateTable
 
 from workbench.errors import InputError, StoreError
 from workbench.store import PartMissing, Store
-from workbench.store.database import FILE_NAME, SCHEMA_VERSION
+from workbench.store.database import FILE_NAME, SCHEMA_VERSION, metadata
 
 KEY = "ab" * 32
 OTHER = "cd" * 32
@@ -147,6 +149,11 @@ def test_database_elsewhere_and_journal_warning(store: Store, tmp_path: Path) ->
         assert "Write-ahead logging could not be switched on" in warning
 
 
+def test_every_table_has_a_form_for_postgresql() -> None:
+    for table in metadata.sorted_tables:
+        assert str(CreateTable(table, if_not_exists=True).compile(dialect=postgresql.dialect()))
+
+
 # --- artifacts ------------------------------------------------------------------------------------------------------
 
 
@@ -192,10 +199,10 @@ def test_damaged_object_is_set_aside_and_made_anew(
     assert "will be computed again" in caplog.text
     assert store.artifacts() == []
     assert store.info()["quarantined"] == (0 if damage is None else 1)
-    assert store.run(number)["artifacts"] == {"profile": None}
+    assert store.run(number)["artifacts"] == {"profile": ("profile", KEY)}
+    assert len(store.verify()) == 1, "what a run uses is missing"
     again = store.put_artifact("profile", KEY, writes(b"content"))
     assert again.read_bytes() == b"content"
-    assert store.run(number)["artifacts"] == {"profile": path}
     assert store.verify() == []
 
 
@@ -358,7 +365,7 @@ def test_run_reads_back(store: Store) -> None:
     run = reopened(store).run(number)
     assert run["summary"] == {"kl_mean": 0.5, "n": 3, "none": None, "dense": {"perplexity": 28.0}}
     assert run["environment"]["versions"] == {"torch": "2"}
-    assert run["artifacts"] == dict.fromkeys(["by-path", "by-key", "by-kind"], path)
+    assert run["artifacts"] == dict.fromkeys(["by-path", "by-key", "by-kind"], ("profile", KEY))
     assert run["recipe_sha256"] == OTHER
     assert run["created_at"].tzinfo is not None
 

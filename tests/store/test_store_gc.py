@@ -69,7 +69,9 @@ def test_what_a_run_uses_stays_until_the_run_is_deleted(store: Store) -> None:
     number = use(store, "a", "b")
     store.gc(max_bytes=0, older_than_days=0)
     assert sorted(keys(store)) == ["a", "b"]
-    assert store.run(number)["artifacts"]["a"].read_bytes() == b"a" * 10
+    path = store.artifact(*store.run(number)["artifacts"]["a"])
+    assert path is not None
+    assert path.read_bytes() == b"a" * 10
     store.delete_run(number)
     store.gc(max_bytes=0)
     assert keys(store) == []

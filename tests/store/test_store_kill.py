@@ -41,7 +41,7 @@ def test_kill_at_random_moments(tmp_path: Path) -> None:
             assert len(runs) > recorded, "the loop was killed before it wrote anything"
             recorded = len(runs)
             for number in runs["id"].head(5):
-                assert store.run(number)["artifacts"]["blob"] is not None
+                assert store.artifact(*store.run(number)["artifacts"]["blob"]) is not None
 
 
 def test_kill_before_every_call_that_changes_something(tmp_path: Path) -> None:

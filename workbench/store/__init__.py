@@ -153,14 +153,13 @@ class Store:
         return runs.table(self._database, kind, model, limit)
 
     def run(self, number: int) -> dict[str, Any]:
-        """Return one run with its ``summary``, ``environment`` and ``artifacts`` (role to file, None where gone).
+        """Return one run: the first columns of ``runs``, its ``summary`` and ``environment`` as they were given, and
+        its ``artifacts``, role to (kind, key), for ``Store.artifact``.
 
         Raises:
             InputError: no such run.
         """
-        found = runs.load(self._database, number)
-        found["artifacts"] = {role: self._artifacts.find(*name) for role, name in found["artifacts"].items()}
-        return found
+        return runs.load(self._database, number)
 
     def delete_run(self, number: int) -> None:
         """Delete a run; what it used may then be removed by ``gc``. ``InputError`` where there is no such run."""

@@ -65,9 +65,9 @@ def disk_errors(doing: str) -> Iterator[None]:
 
 def sync(path: Path) -> None:
     """Wait until a file, or the names inside a folder, are on the disk itself."""
-    if path.is_dir() and os.name == "nt":
+    if os.name == "nt" and path.is_dir():
         return  # Windows opens no folders, and journals their names
-    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
