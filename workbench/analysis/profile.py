@@ -16,22 +16,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict
 
+from workbench.corpus import TextRecord as TextRecord
 from workbench.errors import InputError, IntegrityError
 from workbench.progress import Job
 
 _METADATA_KEY = b"workbench.provenance"
-
-
-class TextRecord(BaseModel):
-    """Which text an analysis or fit has seen. ``documents`` are SHA-256 of each document, to keep splits apart."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    name: str
-    split: str
-    sha256: str
-    n_tokens: int
-    documents: tuple[str, ...] = ()
 
 
 class Provenance(BaseModel):

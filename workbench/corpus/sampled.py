@@ -1,0 +1,105 @@
+"""``self``: text sampled from the model itself, the text that its own replies look like.
+
+Best for calibration and training where the training data of a model is unknown (LLM-QAT, Liu et al. 2023, section
+3.1: data-free sampling of the next token from the full distribution).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from workbench.corpus.base import Corpus, Document, Split
+from workbench.errors import CorpusError
+from workbench.progress import Job
+
+if TYPE_CHECKING:
+    from workbench.models import LoadedModel
+
+DEFAULT_TOKENS = 8192
+DEFAULT_LENGTH = 576  # leaves room for a window of 512: text encoded again can be a few tokens shorter
+_BATCH = 8
+
+# Chat models never saw an empty page, and some models have no beginning token: they continue one of these.
+NEUTRAL_STARTS = ("The", "In", "When", "It", "There are", "How", "For example,", "A")
+
+
+def sample_corpus(
+    model: LoadedModel, split: Split, n_tokens: int | None, seed: int, length: int | None, job: Job | None
+) -> Corpus:
+    """Sample documents at temperature 1 from the whole distribution, without ends, so that each has its full length.
+
+    Args:
+        model: sampled from; its dtype and device are part of what determines the text.
+        split: each split has its own random stream, so splits share no document.
+        n_tokens: how many tokens to sample in all, rounded up to whole batches of eight documents.
+        seed: the same seed gives the same text on the same machine and versions.
+        length: tokens per document.
+        job: advanced, and asked whether to stop, at every token of a batch.
+
+    Raises:
+        CorpusError: a length or number of tokens that is not possible.
+        Cancelled: the job was cancelled.
+    """
+    length = DEFAULT_LENGTH if length is None else length
+    n_tokens = DEFAULT_TOKENS if n_tokens is None else n_tokens
+    longest = model.architecture.context_length - 8  # the longest start, with the beginning token
+    length = min(length, longest)
+    if length < 1 or n_tokens < 1:
+        raise CorpusError(f"Cannot sample {n_tokens} tokens in documents of {length}: both must be at least 1.")
+    batches = -(-n_tokens // (length * _BATCH))
+    job = job or Job()
+    job.stage(f"sample text from {model.name}", batches * length)
+    documents: list[Document] = []
+    for batch in range(batches):
+        for text in _sample_batch(model, _stream(split, seed, batch), _start(model, batch), length, job):
+            documents.append(Document(f"self/{split}/{len(documents):04d}", text, "self", "unknown"))
+    return Corpus("self", split, tuple(documents))
+
+
+def _stream(split: Split, seed: int, batch: int) -> int:
+    """A 63-bit seed of its own for every batch of every split."""
+    digest = hashlib.sha256(f"{split}/{seed}/{batch}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+def _start(model: LoadedModel, batch: int) -> list[int]:
+    if model.bos is not None and getattr(model.tokenizer, "chat_template", None) is None:
+        return [model.bos]
+    return model.encode(NEUTRAL_STARTS[batch % len(NEUTRAL_STARTS)])
+
+
+def _sample_batch(model: LoadedModel, seed: int, start: list[int], length: int, job: Job) -> list[str]:
+    from transformers import GenerationConfig, StoppingCriteriaList
+
+    def between_tokens(ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+        job.advance()
+        return torch.zeros(ids.shape[0], dtype=torch.bool, device=ids.device)
+
+    # Ends and other special tokens would leave the text; ids past the tokenizer's own have no text at all.
+    unprintable = {*model.stop_tokens, *model.tokenizer.all_special_ids}
+    unprintable |= set(range(len(model.tokenizer), model.architecture.vocab_size))
+    settings = GenerationConfig(
+        do_sample=True,
+        temperature=1.0,
+        top_k=0,
+        top_p=1.0,
+        max_new_tokens=length,
+        suppress_tokens=sorted(unprintable),
+        pad_token_id=model.stop_tokens[0] if model.stop_tokens else 0,
+    )
+    prompt = torch.tensor([start] * _BATCH, device=model.device)
+    devices = [model.device] if model.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices), torch.no_grad():
+        torch.manual_seed(seed)
+        # StoppingCriteriaList calls each criterion between two tokens, which is where a job may stop.
+        module: Any = model.module
+        ids = module.generate(
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            generation_config=settings,
+            stopping_criteria=StoppingCriteriaList([between_tokens]),
+        )
+    return [model.decode(row) for row in ids.tolist()]
