@@ -37,11 +37,13 @@ class Job:
         self._listener = listener
         self._cancel = threading.Event()
         self._stage, self._done, self._total = "", 0.0, 0.0
+        self._share = 0.0
         self._started = time.monotonic()
 
     def stage(self, name: str, total: float) -> None:
         """Begin a stage of ``total`` units of work (of any kind, as long as they are even)."""
         self._stage, self._done, self._total = name, 0.0, float(total)
+        self._share = 0.0
         self._started = time.monotonic()
         self._tell()
         self.check()
@@ -49,6 +51,13 @@ class Job:
     def advance(self, amount: float = 1.0) -> None:
         """Count work as done. Raises ``Cancelled`` if the job was cancelled meanwhile."""
         self._done += amount
+        self._share = 0.0
+        self._tell()
+        self.check()
+
+    def within(self, share: float) -> None:
+        """Show progress inside the present unit of work, 0 to 1, until the next ``advance``; checks for a cancel."""
+        self._share = share
         self._tell()
         self.check()
 
@@ -69,8 +78,9 @@ class Job:
     @property
     def state(self) -> JobState:
         elapsed = time.monotonic() - self._started
-        left = elapsed * (self._total - self._done) / self._done if self._done > 0 else None
-        return JobState(self._stage, self._done, self._total, elapsed, left)
+        done = min(self._done + self._share, self._total)
+        left = elapsed * (self._total - done) / done if done > 0 else None
+        return JobState(self._stage, done, self._total, elapsed, left)
 
     def _tell(self) -> None:
         if self._listener is not None:

@@ -39,13 +39,9 @@ class GroupCodes:
 
     @property
     def stored_bits(self) -> int:
-        """Bits on disk: packed codes (rows padded to whole bytes), scales and packed zero points."""
+        """Bits on disk: codes, scales and zero points."""
         out, width = self.codes.shape
-        groups = self.scales.shape[1]
-        total = out * packed_bytes(width, self.bits) * 8 + out * groups * SCALE_BITS
-        if self.zeros is not None:
-            total += out * packed_bytes(groups, self.bits) * 8
-        return total
+        return stored_bits(out, width, self.bits, self.group_size, self.zeros is None)
 
 
 def packed_bytes(count: int, bits: int) -> int:
@@ -53,13 +49,13 @@ def packed_bytes(count: int, bits: int) -> int:
     return (count * bits + 7) // 8
 
 
-def group_overhead_bits(in_features: int, bits: int, group_size: int, symmetric: bool) -> float:
-    """Stored bits per weight of one row at ``bits``: codes, scales and zero points together."""
-    groups = -(-in_features // group_size)
+def stored_bits(out_features: int, in_features: int, bits: int, group_size: int, symmetric: bool) -> int:
+    """Bits on disk of one matrix: packed codes and zero points (rows padded to whole bytes), and fp16 scales."""
+    groups = -(-in_features // min(group_size, in_features))
     row = packed_bytes(in_features, bits) * 8 + groups * SCALE_BITS
     if not symmetric:
         row += packed_bytes(groups, bits) * 8
-    return row / in_features
+    return out_features * row
 
 
 def _grouped(weight: torch.Tensor, group_size: int) -> torch.Tensor:
@@ -121,37 +117,40 @@ def dequantize(codes: GroupCodes, dtype: torch.dtype = torch.float32) -> torch.T
     """Return the weights that the codes stand for, ``(code - zero) * scale``, shape (out, in)."""
     out, width = codes.codes.shape
     groups = _grouped(codes.codes.float(), codes.group_size)
-    if codes.zeros is None:
-        groups = groups - 2 ** (codes.bits - 1)
-    else:
-        groups = groups - codes.zeros.float().unsqueeze(2)
-    groups = groups * codes.scales.float().unsqueeze(2)
+    zeros = 2 ** (codes.bits - 1) if codes.zeros is None else codes.zeros.float().unsqueeze(2)
+    groups = (groups - zeros) * codes.scales.float().unsqueeze(2)
     return groups.view(out, -1)[:, :width].to(dtype)
+
+
+_RUN = 8  # codes packed at a time: 8 codes of b bits are exactly b bytes, and fit one int64 for b <= 7
 
 
 def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
     """Pack uint8 codes (rows, n) into a little-endian bit stream per row, uint8 (rows, ceil(n * bits / 8)).
 
     Bit ``j`` of code ``i`` is bit ``(i * bits + j) % 8`` of byte ``(i * bits + j) // 8``.
+    Bits past the last code are 0.
     """
     rows, n = codes.shape
     if bits == 8:
         return codes.contiguous()
-    shifts = torch.arange(bits, dtype=torch.uint8)
-    stream = ((codes.unsqueeze(2) >> shifts) & 1).view(rows, n * bits)
-    pad = -stream.shape[1] % 8
-    if pad:
-        stream = torch.nn.functional.pad(stream, (0, pad))
-    weights = (1 << torch.arange(8, dtype=torch.int32)).to(torch.int32)
-    return (stream.view(rows, -1, 8).to(torch.int32) * weights).sum(dim=2).to(torch.uint8)
+    runs = torch.nn.functional.pad(codes, (0, -n % _RUN)).view(rows, -1, _RUN)
+    words = torch.zeros(runs.shape[:2], dtype=torch.int64, device=codes.device)
+    for i in range(_RUN):
+        words |= runs[:, :, i].long() << (i * bits)
+    stream = torch.stack([((words >> (8 * byte)) & 0xFF).to(torch.uint8) for byte in range(bits)], dim=2)
+    return stream.view(rows, -1)[:, : packed_bytes(n, bits)].contiguous()
 
 
 def unpack(packed: torch.Tensor, bits: int, n: int) -> torch.Tensor:
-    """Undo ``pack``: uint8 (rows, bytes) to uint8 codes (rows, n)."""
+    """Undo ``pack``: uint8 (rows, ceil(n * bits / 8)) to uint8 codes (rows, n)."""
     if bits == 8:
         return packed[:, :n].contiguous()
-    rows = packed.shape[0]
-    shifts = torch.arange(8, dtype=torch.uint8)
-    stream = ((packed.unsqueeze(2) >> shifts) & 1).view(rows, -1)[:, : n * bits].view(rows, n, bits)
-    weights = (1 << torch.arange(bits, dtype=torch.int32)).to(torch.int32)
-    return (stream.to(torch.int32) * weights).sum(dim=2).to(torch.uint8)
+    rows, width = packed.shape
+    runs = torch.nn.functional.pad(packed, (0, -width % bits)).view(rows, -1, bits)
+    words = torch.zeros(runs.shape[:2], dtype=torch.int64, device=packed.device)
+    for byte in range(bits):
+        words |= runs[:, :, byte].long() << (8 * byte)
+    top = 2**bits - 1
+    codes = torch.stack([((words >> (i * bits)) & top).to(torch.uint8) for i in range(_RUN)], dim=2)
+    return codes.view(rows, -1)[:, :n].contiguous()

@@ -88,11 +88,11 @@ class Decisions:
         end = int(self._positions[-1]) + 1
         if end > len(self._replay):
             raise EngineError(f"The recorded decisions end at position {len(self._replay)}, position {end} was asked.")
-        rows = [np.asarray(self._replay[p][decider.slot], dtype=np.float32) for p in self._positions]
+        rows = [np.asarray(self._replay[p][decider.slot], dtype=np.float32) for p in self._positions.tolist()]
         return np.stack(rows)
 
 
-def _spread(value: float | np.ndarray, size: int, count: int) -> np.ndarray:
+def _spread(value: float | np.floating | np.ndarray, size: int, count: int) -> np.ndarray:
     """One value for ``count`` tokens: (count,) for a scalar slot, (count, size) for a mask."""
     shape = (count,) if size == 1 else (count, size)
     return np.broadcast_to(np.asarray(value, dtype=np.float32), shape).copy()

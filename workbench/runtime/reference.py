@@ -173,6 +173,12 @@ class ReferenceEngine:
         for first, logits in self._chunks(tokens, prompt_length, chunk, None, None):
             yield first, logits.log_softmax(dim=1).numpy()
 
+    def hidden_states(self, tokens: Sequence[int], *, prompt_length: int = 1) -> torch.Tensor:
+        """Teacher-forced final hidden states (n, hidden) without the output layer: what capture needs of a text."""
+        self._check_tokens(tokens, 0)
+        with self._run(Decisions(self.plan, self._policy), 0, len(tokens), prompt_length):
+            return self._body(tokens, None)
+
     def set_policy(self, policy: Policy) -> None:
         """Fix slots from now on; sequences already started keep theirs."""
         for slot in policy.values:
@@ -356,7 +362,7 @@ class ReferenceEngine:
                 x = x * kept
             return (x, *args[1:])
 
-        def after(module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
+        def after(module: nn.Linear, args: tuple, output: torch.Tensor) -> torch.Tensor:
             if self._running is None:
                 return output
             for consumer in widths:
@@ -370,7 +376,7 @@ class ReferenceEngine:
         return (before if needs_before else None), (after if widths or paths else None)
 
     def _at_widths(
-        self, consumer: Consumer, linear: Linear, module: nn.Module, x: torch.Tensor, output: torch.Tensor
+        self, consumer: Consumer, linear: Linear, module: nn.Linear, x: torch.Tensor, output: torch.Tensor
     ) -> torch.Tensor:
         """Recompute each token's row with the weights of the width in force for it."""
         rows, out = _rows(x), _rows(output).clone()
