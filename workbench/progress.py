@@ -38,11 +38,13 @@ class Job:
         self._cancel = threading.Event()
         self._stage, self._done, self._total = "", 0.0, 0.0
         self._share = 0.0
+        self._before = 0.0
         self._started = time.monotonic()
 
-    def stage(self, name: str, total: float) -> None:
-        """Begin a stage of ``total`` units of work (of any kind, as long as they are even)."""
-        self._stage, self._done, self._total = name, 0.0, float(total)
+    def stage(self, name: str, total: float, done: float = 0.0) -> None:
+        """Begin a stage of ``total`` units of work (of any kind, as long as they are even), some of it done before."""
+        self._stage, self._done, self._total = name, done, float(total)
+        self._before = done
         self._share = 0.0
         self._started = time.monotonic()
         self._tell()
@@ -79,7 +81,8 @@ class Job:
     def state(self) -> JobState:
         elapsed = time.monotonic() - self._started
         done = min(self._done + self._share, self._total)
-        left = elapsed * (self._total - done) / done if done > 0 else None
+        fresh = done - self._before  # what an earlier, interrupted run had done says nothing about this run's speed
+        left = elapsed * (self._total - done) / fresh if fresh > 0 else None
         return JobState(self._stage, done, self._total, elapsed, left)
 
     def _tell(self) -> None:

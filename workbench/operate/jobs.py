@@ -76,9 +76,7 @@ def _compute_missing(checkpoint: Checkpoint, analysis: Analysis, job: Job) -> in
     """Compute and keep every part that the checkpoint lacks; return how many it had."""
     missing = [part for part in analysis.parts if not checkpoint.has(part)]
     finished = len(analysis.parts) - len(missing)
-    job.stage(analysis.provenance.kind, len(analysis.parts))
-    if finished:
-        job.advance(finished)
+    job.stage(analysis.provenance.kind, len(analysis.parts), done=finished)
     for part in missing:
         checkpoint.write(part, analysis.compute(part, job))
         job.advance()
