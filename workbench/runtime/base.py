@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 
 from workbench.progress import Job
 from workbench.runtime.plan import Plan, Policy
+
+if TYPE_CHECKING:
+    from workbench.models.base import LoadedModel
 
 ActivationMode = Literal["fp32", "bf16", "int8"]
 
@@ -69,9 +72,11 @@ class EngineSequence(Protocol):
 class Engine(Protocol):
     """Runs one dense or compressed model. All logits are float32 numpy arrays.
 
-    ``score`` and ``log_probabilities`` decide per token exactly as ``step`` does.
+    ``score`` and ``log_probabilities`` decide per token exactly as ``step`` does. ``model`` gives tokenizer,
+    architecture, fingerprint and stop tokens.
     """
 
+    model: LoadedModel
     name: str
     activation_mode: ActivationMode
     plan: Plan

@@ -1,0 +1,48 @@
+"""Resident memory of a process, over its whole life."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+
+@dataclass(frozen=True)
+class MemoryResult:
+    """Memory of a fresh process that opened one engine and decoded a few tokens. Interpreter and libraries count.
+
+    Attributes:
+        peak_rss_bytes: largest resident size, loading included.
+        loaded_rss_bytes: resident size once the engine was open.
+        peak_device_bytes: largest allocation on a CUDA device, None on the CPU.
+    """
+
+    peak_rss_bytes: int
+    loaded_rss_bytes: int
+    peak_device_bytes: int | None
+
+
+def rss_bytes() -> int:
+    """Resident size of this process now."""
+    return int(psutil.Process().memory_info().rss)
+
+
+def peak_rss_bytes(status: Path = Path("/proc/self/status")) -> int:
+    """Largest resident size this process ever had.
+
+    Linux's VmHWM comes first: the maximum of ``getrusage`` survives ``exec`` there, so that a child would report the
+    size its parent had when it was forked. Elsewhere ``getrusage`` (bytes on macOS, kibibytes on other systems), or
+    on Windows the peak working set.
+    """
+    if status.is_file():
+        for line in status.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    if sys.platform == "win32":
+        return int(psutil.Process().memory_info().peak_wset)
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return int(peak) if sys.platform == "darwin" else int(peak) * 1024
