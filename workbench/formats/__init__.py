@@ -1,1 +1,1 @@
-
+"""Low-bit codes and the compressed model on disk."""

@@ -1,0 +1,79 @@
+"""Carry out a recipe: from a dense model to a ``CompressedModel``."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+
+from workbench.apply.draft import Draft, n_weights
+from workbench.apply.recipe import Recipe
+from workbench.apply.registry import handler
+from workbench.errors import RecipeError
+from workbench.formats.compressed import Base, CompressedModel
+from workbench.formats.manifest import Identity
+from workbench.models.base import LoadedModel
+from workbench.models.build import plain_config
+from workbench.progress import Job
+
+
+def compress(
+    model: LoadedModel, recipe: Recipe, *, job: Job | None = None, allow_other_weights: bool = False
+) -> CompressedModel:
+    """Make the compressed model that a recipe describes. The same model and recipe give the same bytes.
+
+    Args:
+        model: the dense model, left as it is.
+        recipe: what to do.
+        job: progress in weights encoded; cancels between two matrices.
+        allow_other_weights: use a recipe that was written for other weights of this architecture.
+
+    Raises:
+        RecipeError: the recipe is for another model, or names units that this one does not have.
+        EngineError: a method cannot run on this machine or model.
+        Cancelled: by ``job``.
+    """
+    recipe.check_model(model, allow_other_weights=allow_other_weights)
+    job = job or Job()
+    started = time.perf_counter()
+    draft = Draft(model)
+    for config in recipe.methods:
+        method = handler(config)
+        fitted = method.fit(model, config, seed=recipe.seed, job=job)
+        job.stage(f"compress ({config.method})", n_weights(model.architecture))
+        method.apply(draft, config, fitted, job=job)
+    if draft.embedding is None:
+        raise RecipeError("No method of the recipe stores the embedding: add one that stores the weights.")
+    return CompressedModel(
+        recipe=recipe.model_dump(mode="json"),
+        base=Base(
+            name=model.name,
+            source=model.source,
+            fingerprint=Identity(architecture=model.fingerprint.architecture, weights=model.fingerprint.weights),
+            bos=model.bos,
+            stop_tokens=list(model.stop_tokens),
+        ),
+        config=plain_config(model.module),
+        tokenizer=model.tokenizer,
+        linears=draft.linears,
+        embedding=draft.embedding,
+        output=draft.output,
+        others=_others(model),
+        fit_seconds=time.perf_counter() - started,
+    )
+
+
+def _others(model: LoadedModel) -> dict[str, torch.Tensor]:
+    """Everything that is no encoded matrix: vectors in fp32 (they weigh nothing), other matrices in bf16."""
+    parts = model.architecture
+    paths = [linear.path for linear in parts.linears] + [parts.embedding_path, parts.output_path]
+    encoded = {f"{path}.weight" for path in paths}
+    others = {}
+    for name, tensor in model.module.state_dict().items():
+        if name in encoded:
+            continue
+        kind = tensor.dtype
+        if tensor.is_floating_point():
+            kind = torch.float32 if tensor.dim() < 2 else torch.bfloat16
+        others[name] = tensor.detach().to("cpu", kind, copy=True).contiguous()
+    return others

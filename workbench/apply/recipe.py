@@ -1,0 +1,212 @@
+"""The recipe: everything that decides the bytes of a compressed model, as one checked, hashable record."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import uuid
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BeforeValidator, Field, field_validator
+
+from workbench.analysis.profile import TextRecord
+from workbench.apply.bnb import BnbInt8Config, BnbNf4Config
+from workbench.apply.config import MethodConfig, Strict, Whole
+from workbench.apply.rtn import RtnConfig
+from workbench.errors import InputError, RecipeError
+from workbench.formats.folder import refusal
+from workbench.models.base import Fingerprint, LoadedModel
+
+AnyMethod = Annotated[RtnConfig | BnbNf4Config | BnbInt8Config, Field(discriminator="method")]
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+class Identity(Strict):
+    """A model's ``Fingerprint`` as JSON."""
+
+    architecture: Sha256
+    weights: Sha256
+
+
+class Budget(Strict):
+    """What a solution may cost; exactly one of the two is given.
+
+    Attributes:
+        average_bits: effective bits: stored bits per weight over all linears of the blocks.
+        bytes: bytes of all linears of the blocks on disk.
+    """
+
+    average_bits: Annotated[float, Field(gt=0)] | None = None
+    bytes: Annotated[Whole, Field(gt=0)] | None = None
+
+    def model_post_init(self, _: Any) -> None:
+        if (self.average_bits is None) == (self.bytes is None):
+            raise RecipeError("Budget: give either average_bits or bytes, and not both.")
+
+    @property
+    def kind(self) -> Literal["average_bits", "bytes"]:
+        return "bytes" if self.average_bits is None else "average_bits"
+
+    def __str__(self) -> str:
+        return f"{self.bytes:,} bytes" if self.average_bits is None else f"{self.average_bits:g} average bits"
+
+
+class DamageSource(Strict):
+    """Which measured damages a solution was made from.
+
+    Attributes:
+        column: ``kl``, ``fisher`` or ``gradient``.
+        profile: key (SHA-256) of the profile they were read from.
+        text: the text that it was measured on, so that no evaluation uses it again.
+    """
+
+    column: Literal["kl", "fisher", "gradient"]
+    profile: Sha256
+    text: TextRecord | None = None
+
+
+class Solution(Strict):
+    """What the solver found.
+
+    Attributes:
+        budget: what was asked for.
+        achieved_bits: effective bits of the solution, at most the budget.
+        achieved_bytes: bytes of the blocks' linears.
+        predicted_damage: sum of the table's damages over the units.
+        gap: proven bound on how far ``predicted_damage`` is from the optimum, relative; 0 is optimal.
+        unit_bits: width of every unit.
+        pinned: those that the user fixed.
+        monotone: damages were made non-increasing in bits first.
+        solver: name and version.
+        damage: where the damages came from, None where they were not read from a profile.
+    """
+
+    budget: Budget
+    achieved_bits: float
+    achieved_bytes: int
+    predicted_damage: float
+    gap: float
+    unit_bits: dict[str, int]
+    pinned: dict[str, int] = Field(default_factory=dict)
+    monotone: bool = True
+    solver: str
+    damage: DamageSource | None = None
+
+
+def _plain_identity(value: Any) -> Any:
+    return asdict(value) if isinstance(value, Fingerprint) else value
+
+
+class Recipe(Strict):
+    """What to do to which model.
+
+    Attributes:
+        schema_version: of this record.
+        model: name or source of the model, for people.
+        fingerprint: of the model that it was written for; None in a recipe written by hand for any model.
+        seed: of everything random.
+        methods: what to do, in order.
+        solution: the solver's record, where it wrote this recipe.
+    """
+
+    schema_version: Literal[1] = 1
+    model: str
+    fingerprint: Annotated[Identity | None, BeforeValidator(_plain_identity)] = None
+    seed: Annotated[Whole, Field(ge=0)] = 0
+    methods: tuple[AnyMethod, ...]
+    solution: Solution | None = None
+
+    @field_validator("methods")
+    @classmethod
+    def _order(cls, methods: tuple[MethodConfig, ...]) -> tuple[MethodConfig, ...]:
+        weights = [i for i, method in enumerate(methods) if method.stage == "weights"]
+        if not weights:
+            raise RecipeError("Recipe: methods is empty; name one method that stores the weights, such as 'rtn'.")
+        if len(weights) > 1:
+            i, j = weights[:2]
+            raise RecipeError(
+                f"Recipe: methods[{i}] '{methods[i].method}' and methods[{j}] '{methods[j].method}' both store the "
+                "weights of all units, and a unit has one format: keep one of them."
+            )
+        return methods
+
+    @classmethod
+    def for_model(
+        cls, model: LoadedModel, *methods: MethodConfig, seed: int = 0, solution: Solution | None = None
+    ) -> Self:
+        """Return a recipe for exactly this model."""
+        return cls.model_validate(
+            {
+                "model": model.name,
+                "fingerprint": model.fingerprint,
+                "seed": seed,
+                "methods": methods,
+                "solution": solution,
+            }
+        )
+
+    def canonical(self) -> str:
+        """The JSON form that identity is taken of: sorted keys, no spaces."""
+        return json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+    @property
+    def sha256(self) -> str:
+        """Identity (hex) of the recipe."""
+        return hashlib.sha256(self.canonical().encode()).hexdigest()
+
+    def check_model(self, model: LoadedModel, *, allow_other_weights: bool = False) -> None:
+        """Raise ``RecipeError`` where this recipe was written for another model.
+
+        Args:
+            model: the model to be compressed.
+            allow_other_weights: accept other weights of the same architecture, such as a fine-tune.
+        """
+        if self.fingerprint is None:
+            return
+        if self.fingerprint.architecture != model.fingerprint.architecture:
+            raise RecipeError(
+                f"The recipe was written for {self.model}, and {model.name} has another architecture: write a recipe "
+                "for it."
+            )
+        if self.fingerprint.weights != model.fingerprint.weights and not allow_other_weights:
+            raise RecipeError(
+                f"The recipe was written for {self.model}, and {model.name} has the same architecture but other "
+                "weights: allow other weights to use it knowingly, or write a recipe for it."
+            )
+
+    @classmethod
+    def load(cls, path: Path | str) -> Self:
+        """Read a recipe from a JSON file.
+
+        Raises:
+            InputError: no such file, or not readable.
+            RecipeError: not JSON, or not a recipe; the message names field, value and what is allowed.
+        """
+        try:
+            values = json.loads(Path(path).read_bytes().decode("utf-8"))
+        except OSError as error:
+            raise InputError(f"Cannot read the recipe {path}: {error.strerror or error}.") from error
+        except (ValueError, RecursionError) as error:
+            raise RecipeError(f"{path} is not JSON: {error}.") from error
+        if not isinstance(values, Mapping):
+            raise RecipeError(f"{path} is not a recipe: it must hold a JSON object with 'model' and 'methods'.")
+        return cls.model_validate(values)
+
+    def save(self, path: Path | str) -> Path:
+        """Write the recipe as JSON, whole or not at all, replacing a file that is there. Returns the path."""
+        target = Path(path)
+        temporary = target.parent / f".{target.name}.{uuid.uuid4().hex}"
+        text = json.dumps(self.model_dump(mode="json"), indent=1, sort_keys=True, allow_nan=False)
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            temporary.write_text(text + "\n", "utf-8")
+            os.replace(temporary, target)
+        except OSError as error:
+            raise refusal(target, error) from error
+        finally:
+            temporary.unlink(missing_ok=True)
+        return target

@@ -1,0 +1,302 @@
+"""The compressed model: encodings of all matrices, everything else of the model, and one folder that holds it all.
+
+On disk: ``compressed.json`` (what it is, and size and SHA-256 of each file), ``weights.safetensors``, ``config.json``,
+the tokenizer, and ``fit.json`` (how long the fit took: a fact about one run, so no part of the identity).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from workbench.errors import InputError, IntegrityError, ModelError
+from workbench.formats import bnb as bnb  # its encodings register themselves
+from workbench.formats import manifest
+from workbench.formats.encodings import Encoding, Tensors, from_parts
+from workbench.formats.folder import MANIFEST, check_file, file_sha256, is_compressed, new_folder, refusal
+from workbench.formats.manifest import Base, EncodingRecord, FileRecord, Manifest
+from workbench.models.base import Architecture
+from workbench.models.build import TOKENIZER_FILES, config_from_dict, load_tokenizer, save_tokenizer
+from workbench.models.families import architecture
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = ["Base", "CompressedModel", "is_compressed"]
+
+WEIGHTS, CONFIG, FIT = "weights.safetensors", "config.json", "fit.json"
+_EMBEDDING, _OUTPUT, _OTHERS = "embedding", "output", "others."
+
+
+@dataclass(frozen=True, eq=False)
+class CompressedModel:
+    """A model whose matrices are stored in encodings. Immutable; ``save`` and ``load`` are exact inverses.
+
+    Attributes:
+        recipe: the recipe that made it, JSON values.
+        base: the model that it was made from.
+        config: plain transformers config.
+        tokenizer: the model's tokenizer.
+        linears: encoding of each linear of the blocks, by linear id.
+        embedding: encoding of the token embedding.
+        output: encoding of the output layer, None where it is tied to the embedding.
+        others: all other parameters by state-dict name: norms and biases in fp32, other matrices in bf16.
+        fit_seconds: wall time of making it, None where unknown.
+        folder: where it was loaded from, None where it was made in memory.
+        recorded_sha256: identity read from disk; ``sha256`` is computed where it is None.
+    """
+
+    recipe: Mapping[str, Any]
+    base: Base
+    config: Mapping[str, Any]
+    tokenizer: PreTrainedTokenizerBase
+    linears: Mapping[str, Encoding]
+    embedding: Encoding
+    output: Encoding | None
+    others: Mapping[str, torch.Tensor]
+    fit_seconds: float | None = None
+    folder: Path | None = None
+    recorded_sha256: str | None = field(default=None, repr=False)
+
+    @cached_property
+    def architecture(self) -> Architecture:
+        """Names and sizes of the model's parts."""
+        return architecture(config_from_dict(self.config))
+
+    def encodings(self) -> Iterator[tuple[str, Encoding]]:
+        """All encodings by their names on disk: linear ids, ``embedding``, ``output``."""
+        yield from self.linears.items()
+        yield _EMBEDDING, self.embedding
+        if self.output is not None:
+            yield _OUTPUT, self.output
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """All stored tensors by their names on disk (``blocks.3.q.codes``, ``others.model.norm.weight``)."""
+        stored = {f"{name}.{part}": t for name, encoding in self.encodings() for part, t in encoding.tensors().items()}
+        return stored | {_OTHERS + key: tensor for key, tensor in self.others.items()}
+
+    @property
+    def effective_bits(self) -> float:
+        """Stored bits per weight of the blocks' linears: codes, scales, zero points and padding."""
+        return _bits_per_weight(self.linears.values())
+
+    @property
+    def bits_by_unit(self) -> dict[str, float]:
+        """Effective bits of each unit."""
+        return {
+            unit.id: _bits_per_weight([self.linears[linear.id] for linear in unit.linears])
+            for unit in self.architecture.units
+        }
+
+    @property
+    def output_bits(self) -> float:
+        """Stored bits per weight of the output layer (of the embedding where they are one tensor)."""
+        return _bits_per_weight([self.output or self.embedding])
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of all weights on disk: linears, embedding, output, norms and biases."""
+        return sum(_bytes(tensor) for tensor in self.tensors().values())
+
+    @property
+    def engines(self) -> tuple[str, ...]:
+        """Names of the engines that can run every encoding in here."""
+        names = self.embedding.engines
+        return tuple(name for name in names if all(name in encoding.engines for _, encoding in self.encodings()))
+
+    @cached_property
+    def sha256(self) -> str:
+        """Identity (hex) of what this model computes: recipe, base weights, config and every stored tensor.
+
+        Names, folders and timings take no part in it, so that the same recipe gives the same identity anywhere.
+        """
+        if self.recorded_sha256 is not None:
+            return self.recorded_sha256
+        return manifest.digest(
+            {
+                "schema": manifest.MAJOR,
+                "recipe": self.recipe,
+                "base": self.base.model_dump(mode="json", exclude={"name", "source"}),
+                "config": self.config,
+                "encodings": {name: [e.kind, e.meta()] for name, e in self.encodings()},
+                "tensors": {name: _tensor_digest(tensor) for name, tensor in self.tensors().items()},
+            }
+        )
+
+    def save(self, path: Path | str, *, overwrite: bool = False) -> Path:
+        """Write the folder, as a whole or not at all. Equal models give equal bytes (``fit.json`` apart).
+
+        Args:
+            path: a new or empty folder, or one that holds a compressed model if ``overwrite``.
+            overwrite: replace that model, with everything in its folder.
+
+        Returns:
+            The absolute path.
+
+        Raises:
+            InputError: something else is there.
+            StoreError: the disk refuses.
+        """
+        target = Path(path).expanduser().absolute()
+        with new_folder(target, need_bytes=self.weight_bytes, overwrite=overwrite) as folder:
+            try:
+                save_file({name: t.contiguous() for name, t in self.tensors().items()}, folder / WEIGHTS)
+            except SafetensorError as error:
+                raise refusal(target, error) from error
+            (folder / WEIGHTS).chmod((folder.stat().st_mode & 0o666) | 0o600)  # safetensors makes files private
+            _write_json(folder / CONFIG, dict(self.config))
+            save_tokenizer(self.tokenizer, folder)
+            files = {
+                file.name: FileRecord(size=file.stat().st_size, sha256=file_sha256(file))
+                for file in sorted(folder.iterdir())
+            }
+            _write_json(folder / MANIFEST, self._manifest(files).sealed())
+            if self.fit_seconds is not None:
+                _write_json(folder / FIT, {"fit_seconds": self.fit_seconds})
+        return target
+
+    def _manifest(self, files: Mapping[str, FileRecord]) -> Manifest:
+        records = {name: EncodingRecord(kind=e.kind, meta=e.meta()) for name, e in self.encodings()}
+        return Manifest(
+            sha256=self.sha256,
+            recipe=dict(self.recipe),
+            base=self.base,
+            embedding=records.pop(_EMBEDDING),
+            output=records.pop(_OUTPUT, None),
+            linears=records,
+            files=dict(files),
+        )
+
+    @classmethod
+    def load(cls, path: Path | str, verify: bool = True) -> CompressedModel:
+        """Read a folder written by ``save``. Nothing outside the folder is read, and nothing in it is run.
+
+        Args:
+            path: the folder.
+            verify: compare the SHA-256 of every file; sizes, names and shapes are always checked.
+
+        Raises:
+            InputError: no compressed model there.
+            ModelError: written in a format that this version does not read.
+            IntegrityError: missing, changed or damaged files; the message names the file.
+        """
+        folder = Path(path).expanduser().absolute()
+        if not is_compressed(folder):
+            raise InputError(f"No compressed model at {folder}: a folder with {MANIFEST} in it is needed.")
+        record = manifest.read(folder / MANIFEST)
+        for name in (WEIGHTS, CONFIG, *TOKENIZER_FILES[:2]):
+            if name not in record.files:
+                raise IntegrityError(f"{folder / MANIFEST} does not list {name}: the model is incomplete.")
+        for name in TOKENIZER_FILES:
+            if name not in record.files and (folder / name).exists():
+                raise IntegrityError(f"{folder / name} is not part of the stored model: remove it.")
+        for name, file in record.files.items():
+            check_file(folder, name, file.size, file.sha256 if verify else None)
+        config = manifest.read_json(folder / CONFIG)
+        parts, others = _read_tensors(folder / WEIGHTS)
+        records = {**record.linears, _EMBEDDING: record.embedding}
+        if record.output is not None:
+            records[_OUTPUT] = record.output
+        if set(parts) != set(records):
+            odd = sorted(set(parts) ^ set(records))[0]
+            raise IntegrityError(f"{folder / WEIGHTS} and {MANIFEST} disagree on '{odd}': compress the model again.")
+        encodings = {name: _encoding(folder, name, entry, parts[name]) for name, entry in records.items()}
+        try:
+            tokenizer = load_tokenizer(folder)
+        except ModelError as error:
+            raise IntegrityError(str(error)) from error
+        model = cls(
+            recipe=record.recipe,
+            base=record.base,
+            config=config,
+            tokenizer=tokenizer,
+            embedding=encodings.pop(_EMBEDDING),
+            output=encodings.pop(_OUTPUT, None),
+            linears=encodings,
+            others=others,
+            fit_seconds=_fit_seconds(folder / FIT),
+            folder=folder,
+            recorded_sha256=record.sha256,
+        )
+        model._check_architecture()
+        return model
+
+    def _check_architecture(self) -> None:
+        """Raise ``IntegrityError`` where the encodings are not those of the config's architecture."""
+        parts = self.architecture
+        table = (parts.vocab_size, parts.hidden_size)
+        expected = {linear.id: (linear.out_features, linear.in_features) for linear in parts.linears}
+        expected[_EMBEDDING] = table
+        if not parts.tied_embeddings:
+            expected[_OUTPUT] = table
+        found = {name: encoding.shape for name, encoding in self.encodings()}
+        for name in sorted(set(expected) | set(found)):
+            if expected.get(name) != found.get(name):
+                raise IntegrityError(
+                    f"{self.folder}: {name} has shape {found.get(name)} where {CONFIG} says {expected.get(name)}: "
+                    "compress the model again."
+                )
+
+
+def _bytes(tensor: torch.Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def _bits_per_weight(encodings: Any) -> float:
+    pairs = [(encoding.stored_bits, encoding.shape[0] * encoding.shape[1]) for encoding in encodings]
+    return sum(bits for bits, _ in pairs) / sum(weights for _, weights in pairs)
+
+
+def _tensor_digest(tensor: torch.Tensor) -> list[Any]:
+    raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+    return [str(tensor.dtype), list(tensor.shape), hashlib.sha256(raw.numpy().data).hexdigest()]
+
+
+def _write_json(path: Path, value: Mapping[str, Any]) -> None:
+    text = json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False)
+    path.write_bytes((text + "\n").encode("utf-8"))
+
+
+def _read_tensors(path: Path) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, torch.Tensor]]:
+    """Return the tensors of each encoding, and all others by state-dict name."""
+    try:
+        stored = load_file(path)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise IntegrityError(f"{path} is damaged: {error}. Compress the model again.") from error
+    parts: dict[str, dict[str, torch.Tensor]] = defaultdict(dict)
+    others = {}
+    for name, tensor in stored.items():
+        if name.startswith(_OTHERS):
+            others[name.removeprefix(_OTHERS)] = tensor
+        else:
+            owner, _, part = name.rpartition(".")
+            parts[owner][part] = tensor
+    return dict(parts), others
+
+
+def _encoding(folder: Path, name: str, record: EncodingRecord, tensors: Tensors) -> Encoding:
+    try:
+        return from_parts(record.kind, record.meta, tensors)
+    except IntegrityError as error:
+        raise IntegrityError(f"{folder}: {name} ({record.kind}): {error}") from error
+
+
+def _fit_seconds(path: Path) -> float | None:
+    """Read a timing that nothing depends on: where it is missing or unreadable, it is unknown."""
+    if not path.is_file():
+        return None
+    try:
+        value = json.loads(path.read_bytes()).get("fit_seconds")
+    except (ValueError, AttributeError):
+        return None
+    return float(value) if isinstance(value, int | float) else None

@@ -1,0 +1,66 @@
+"""From a compressed model back to a module that transformers can run: what the reference engine needs."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import cast
+
+import torch
+from torch import nn
+
+from workbench.errors import InputError, IntegrityError, ModelError, suggest
+from workbench.formats.compressed import CompressedModel
+from workbench.models.base import Fingerprint, LoadedModel
+from workbench.models.build import assign, empty_module
+from workbench.models.settle import wrap
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def to_model(compressed: CompressedModel, *, dtype: str = "float32", device: str = "cpu") -> LoadedModel:
+    """Build a transformers module with the weights that ``compressed`` stands for.
+
+    Weights are filled in one matrix at a time, so that beside the stored codes there is one copy of them. Encodings
+    with kernels of their own (bitsandbytes) keep their codes and run those kernels.
+
+    Args:
+        compressed: the stored model.
+        dtype: computation type, ``float32``, ``bfloat16`` or ``float16``.
+        device: where the module will live.
+
+    Returns:
+        A ``LoadedModel`` whose weight fingerprint is the identity of the compressed model.
+
+    Raises:
+        InputError: unknown dtype.
+        EngineError: an encoding whose library is missing.
+        IntegrityError: stored tensors that do not make up the architecture.
+    """
+    if dtype not in _DTYPES:
+        raise InputError(f"dtype '{dtype}' is not possible: use {', '.join(_DTYPES)}." + suggest(dtype, _DTYPES))
+    kind, where = _DTYPES[dtype], torch.device(device)
+    parts = compressed.architecture
+    module = empty_module(compressed.config)
+    cast("nn.Module", module).to(where)  # computed buffers; parameters are on the meta device and stay there
+    others = {
+        name: tensor.to(where, kind if tensor.is_floating_point() else tensor.dtype, copy=True)
+        for name, tensor in compressed.others.items()
+    }
+    for linear in parts.linears:
+        bias = others.pop(f"{linear.path}.bias", None)
+        module.set_submodule(linear.path, compressed.linears[linear.id].module(bias, kind, where))
+    others[f"{parts.embedding_path}.weight"] = compressed.embedding.dequantize().to(where, kind)
+    if compressed.output is not None:
+        others[f"{parts.output_path}.weight"] = compressed.output.dequantize().to(where, kind)
+    try:
+        assign(module, others)
+    except ModelError as error:
+        raise IntegrityError(f"{compressed.folder or compressed.base.name}: {error}") from error
+    loaded = wrap(
+        module,
+        compressed.tokenizer,
+        compressed.base.name,
+        str(compressed.folder or compressed.base.source),
+        fingerprint=Fingerprint(compressed.base.fingerprint.architecture, compressed.sha256),
+    )
+    return replace(loaded, bos=compressed.base.bos, stop_tokens=tuple(compressed.base.stop_tokens))
