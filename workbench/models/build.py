@@ -49,6 +49,7 @@ def config_from_dict(config: Mapping[str, Any]) -> PreTrainedConfig:
     Raises:
         ModelError: an unsupported model type, or values that its config class refuses.
     """
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
     values = {key: value for key, value in config.items() if key != "model_type"}
@@ -57,7 +58,7 @@ def config_from_dict(config: Mapping[str, Any]) -> PreTrainedConfig:
         raise ModelError(f"Architecture '{model_type}' is not supported. Supported: {', '.join(sorted(FAMILIES))}.")
     try:
         return AutoConfig.for_model(model_type, **values)
-    except (TypeError, ValueError, KeyError) as error:
+    except (TypeError, ValueError, KeyError, StrictDataclassError) as error:
         raise ModelError(f"The config of this {model_type} model is not valid: {_one_line(error)}") from error
 
 

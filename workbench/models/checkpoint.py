@@ -48,7 +48,7 @@ def weight_files(folder: Path) -> list[Path]:
     if (folder / _WEIGHTS).is_file():
         files: dict[Path, set[str]] = {folder / _WEIGHTS: set()}
     elif index.is_file():
-        files = _shards(folder, read_json(index).get("weight_map"))
+        files = _shards(folder, read_json(index))
     else:
         raise _no_weights(folder)
     for path, names in files.items():
@@ -69,9 +69,10 @@ def _no_weights(folder: Path) -> ModelError:
     return ModelError(f"{folder} has neither {_WEIGHTS} nor {_INDEX}: give a folder that save_pretrained wrote.")
 
 
-def _shards(folder: Path, weight_map: object) -> dict[Path, set[str]]:
-    if not isinstance(weight_map, Mapping) or not weight_map:
-        raise ModelError(f"{folder / _INDEX} has no 'weight_map'. Download the model again.")
+def _shards(folder: Path, index: Mapping[str, Any]) -> dict[Path, set[str]]:
+    weight_map = index.get("weight_map")
+    if not isinstance(weight_map, Mapping) or not weight_map or "metadata" not in index:
+        raise ModelError(f"{folder / _INDEX} lacks 'weight_map' or 'metadata'. Download the model again.")
     shards: dict[Path, set[str]] = {}
     for tensor, name in weight_map.items():
         # A shard is a plain name: anything else could point outside the folder.

@@ -9,9 +9,11 @@ from __future__ import annotations
 import math
 import mmap
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from workbench.errors import ModelError
 
@@ -22,19 +24,26 @@ _STRING, _ARRAY = 8, 9
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 
 
-@dataclass(frozen=True)
-class ArraySize:
-    """Stands for an array of the metadata, which is skipped: a vocabulary is not needed to judge a file."""
+# The largest vocabularies have a quarter of a million entries; arrays of a damaged file could claim any length.
+_MAX_ARRAY = 1 << 22
 
-    length: int
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """One tensor: ``shape`` outermost dimension first, ``kind`` its ggml type, ``begin`` its first byte in the file."""
+
+    shape: tuple[int, ...]
+    kind: GGMLQuantizationType
+    begin: int
+    n_bytes: int
 
 
 @dataclass(frozen=True)
 class GgufHeader:
-    """Metadata (arrays as their length alone) and tensor names with their shapes, outermost dimension first."""
+    """Metadata (arrays as lists) and the table of tensors."""
 
     metadata: dict[str, Any]
-    tensors: dict[str, tuple[int, ...]]
+    tensors: dict[str, TensorInfo]
 
     @property
     def architecture(self) -> str:
@@ -74,21 +83,21 @@ class _Cursor:
         if kind == _STRING:
             return self.raw_string().decode(errors="replace")
         if kind == _ARRAY:
-            return self.skip_array()
+            return self.array()
         if kind not in _SCALARS:
             raise damaged(self.path, f"its header has a value of unknown type {kind}")
         return self.scalar(_SCALARS[kind])
 
-    def skip_array(self) -> ArraySize:
+    def array(self) -> list[Any]:
         kind, length = self.scalar("I"), self.scalar("Q")
-        if kind in _SCALARS:
-            self.take(length * struct.calcsize("<" + _SCALARS[kind]))
-        elif kind == _STRING:
-            for _ in range(length):  # ends at the end of the file: every string takes at least eight bytes
-                self.take(self.scalar("Q"))
-        else:
+        if length > _MAX_ARRAY:
+            raise damaged(self.path, f"its header has an array of {length:,} entries")
+        if kind == _STRING:
+            return [self.raw_string().decode(errors="replace") for _ in range(length)]
+        if kind not in _SCALARS:
             raise damaged(self.path, f"its header has an array of unknown type {kind}")
-        return ArraySize(length)
+        layout = f"<{length}{_SCALARS[kind]}"
+        return list(struct.unpack_from(layout, self.data, self.take(struct.calcsize(layout))))
 
 
 def damaged(path: Path, why: str) -> ModelError:
@@ -128,41 +137,38 @@ def _parse(cursor: _Cursor) -> GgufHeader:
     for _ in range(n_keys):
         key = cursor.string()
         metadata[key] = cursor.value(cursor.scalar("I"))
-    tensors: dict[str, tuple[int, ...]] = {}
-    ends: list[tuple[int, str]] = []
+    table: dict[str, TensorInfo] = {}
     for _ in range(n_tensors):
         name = cursor.string()
-        if name in tensors:
+        if name in table:
             raise damaged(path, f"tensor '{name}' appears twice")
-        tensors[name], size = _tensor(cursor, name)
-        ends.append((cursor.scalar("Q") + size, name))
+        table[name] = _tensor(cursor, name)
     alignment = metadata.get("general.alignment", 32)
     if not isinstance(alignment, int) or alignment < 1:
         raise damaged(path, f"its alignment is {alignment}")
     data_begin = -(-cursor.at // alignment) * alignment
-    for end, name in ends:
-        if data_begin + end > len(cursor.data):
-            raise damaged(
-                path, f"tensor '{name}' ends at byte {data_begin + end:,} but the file has {len(cursor.data):,} bytes"
-            )
+    tensors = {name: replace(info, begin=data_begin + info.begin) for name, info in table.items()}
+    for name, info in tensors.items():
+        end = info.begin + info.n_bytes
+        if end > len(cursor.data):
+            raise damaged(path, f"tensor '{name}' ends at byte {end:,} but the file has {len(cursor.data):,} bytes")
     if not tensors:
         raise damaged(path, "it holds no tensors")
     return GgufHeader(metadata, tensors)
 
 
-def _tensor(cursor: _Cursor, name: str) -> tuple[tuple[int, ...], int]:
-    """Read shape and type of one tensor; return the shape, outermost first, and its size in bytes."""
-    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
-
+def _tensor(cursor: _Cursor, name: str) -> TensorInfo:
+    """Read one row of the tensor table; ``begin`` is still counted from the beginning of the data."""
     n_dimensions = cursor.scalar("I")
     if not 1 <= n_dimensions <= _MAX_DIMENSIONS:
         raise damaged(cursor.path, f"tensor '{name}' has {n_dimensions} dimensions")
     shape = tuple(cursor.scalar("Q") for _ in range(n_dimensions))
-    kind = cursor.scalar("I")
+    number = cursor.scalar("I")
     try:
-        block, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType(kind)]
+        kind = GGMLQuantizationType(number)
+        block, block_bytes = GGML_QUANT_SIZES[kind]
     except (ValueError, KeyError) as error:
-        raise damaged(cursor.path, f"tensor '{name}' has unknown type {kind}") from error
+        raise damaged(cursor.path, f"tensor '{name}' has unknown type {number}") from error
     if not all(shape) or shape[0] % block:
         raise damaged(cursor.path, f"tensor '{name}' of shape {shape[::-1]} does not fit blocks of {block} weights")
-    return shape[::-1], math.prod(shape) // block * block_bytes
+    return TensorInfo(shape[::-1], kind, cursor.scalar("Q"), math.prod(shape) // block * block_bytes)

@@ -1,131 +1,198 @@
-"""Turn a GGUF file into an ordinary transformers model and tokenizer.
+"""Turn a GGUF file into an ordinary transformers module: its config, its tensor names, its layouts.
 
-Transformers dequantizes the tensors; what it leaves open or gets only nearly right is settled here from the file's
-own metadata: how text is split before byte-pair merging, the beginning token, and a config without traces of GGUF.
+The file is read here and not by transformers because it parses the header several times over (the embedded model
+took four times as long) and carries neither scaled rotary positions nor Gemma's local ones over.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
+from gguf import quants
 
 from workbench.errors import ModelError
-from workbench.models.build import assign, empty_module, plain_config
-from workbench.models.gguf_header import ArraySize, GgufHeader, read_header
+from workbench.models.build import assign, empty_module
+from workbench.models.gguf_header import GgufHeader, TensorInfo, damaged, read_header
+from workbench.models.gguf_tokenizer import check_tokenizer
 
 if TYPE_CHECKING:
-    from tokenizers.pre_tokenizers import PreTokenizer
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
-# Mistral writes itself as 'llama'. OPT has never had a GGUF form.
-ARCHITECTURES = ("gemma3", "llama", "phi3", "qwen2", "qwen3")
+# GGUF's architecture to transformers' model type. Mistral writes itself as 'llama'; OPT has no GGUF form.
+MODEL_TYPES = {"gemma3": "gemma3_text", "llama": "llama", "phi3": "phi3", "qwen2": "qwen2", "qwen3": "qwen3"}
 
-# How byte-level vocabularies were trained to split text, by GGUF's name for it ('tokenizer.ggml.pre').
-# Sources: the pre_tokenizer of each model's tokenizer.json; llama.cpp, src/llama-vocab.cpp.
-_WORDS = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-_SPLITS = {"llama-bpe": _WORDS % "{1,3}", "qwen2": _WORDS % ""}
-_BYTE_LEVEL = ("gpt-2", "smollm")
+_TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+_BLOCK = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_qkv": "self_attn.qkv_proj",
+    "attn_output": "self_attn.o_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+_BLOCK_OF: Mapping[str, Mapping[str, str]] = {
+    "gemma3": {
+        "post_attention_norm": "post_attention_layernorm",
+        "ffn_norm": "pre_feedforward_layernorm",
+        "post_ffw_norm": "post_feedforward_layernorm",
+    },
+    "phi3": {"ffn_up": "mlp.gate_up_proj"},
+}
+_GEMMA_LOCAL_THETA = 10_000.0  # Gemma 3 report, section 2: local layers keep the base of Gemma 2
 
 
 def check_gguf(path: Path) -> GgufHeader:
     """Read the header and refuse what would load wrongly or not at all.
 
     Raises:
-        ModelError: a damaged file, an unsupported architecture, an unknown text splitting, or scaled rotary positions.
+        ModelError: a damaged file, an unsupported architecture or vocabulary, or scaled rotary positions.
     """
     header = read_header(path)
     name = header.architecture
-    if name not in ARCHITECTURES:
+    if name not in MODEL_TYPES:
         raise ModelError(
-            f"{path} holds a '{name}' model. GGUF files of these architectures are read: {', '.join(ARCHITECTURES)}."
+            f"{path} holds a '{name}' model. GGUF files of these architectures are read: {', '.join(MODEL_TYPES)}."
         )
-    metadata = header.metadata
-    known = (*_BYTE_LEVEL, *_SPLITS)
-    if metadata.get("tokenizer.ggml.model") == "gpt2" and _splitting(metadata) not in known:
-        raise ModelError(
-            f"{path} splits text by the rule '{_splitting(metadata)}'; known are {', '.join(known)}. "
-            "Load the model's safetensors release instead."
-        )
-    if not isinstance(metadata.get("tokenizer.ggml.tokens"), ArraySize):
-        raise ModelError(f"{path} holds no vocabulary: it is a part of a model. Give the file with the whole model.")
-    scaling = metadata.get(f"{name}.rope.scaling.type", "none")
+    check_tokenizer(path, header.metadata)
+    scaling = header.metadata.get(f"{name}.rope.scaling.type", "none")
     if scaling != "none" or any(tensor.startswith("rope_f") for tensor in header.tensors):
         raise ModelError(
-            f"{path} scales its rotary positions ({scaling}), which its GGUF form does not carry over faithfully. Load "
-            "the model's safetensors release instead."
+            f"{path} scales its rotary positions ({scaling}), which a GGUF file describes only in part. Load the "
+            "model's safetensors release instead."
         )
     return header
 
 
-def _splitting(metadata: Mapping[str, Any]) -> str:
-    return str(metadata.get("tokenizer.ggml.pre", "unnamed"))
-
-
-def load_gguf(path: Path, header: GgufHeader, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Return the module (CPU, ``dtype``, eval mode) and tokenizer of a GGUF file that ``check_gguf`` has passed.
+def load_module(path: Path, header: GgufHeader, dtype: torch.dtype) -> PreTrainedModel:
+    """Return the module (CPU, ``dtype``, eval mode) of a file that ``check_gguf`` has passed.
 
     Raises:
-        ModelError: transformers cannot read it.
+        ModelError: metadata or tensors that do not make a whole model, or a type that cannot be dequantized.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    config = config_of(path, header)
+    data = np.memmap(path, mode="r", dtype=np.uint8)
+    layout = _layout(header, config)
+    state: dict[str, torch.Tensor] = {}
+    for name, info in header.tensors.items():
+        values = layout(name, _dequantize(path, name, info, data))
+        state[_state_name(path, header.architecture, name)] = torch.from_numpy(values).to(dtype)
+    return assign(empty_module(config), state)
 
+
+def config_of(path: Path, header: GgufHeader) -> dict[str, Any]:
+    """Return the plain transformers config that the metadata of a GGUF file describes.
+
+    Raises:
+        ModelError: a value that the architecture needs is missing.
+    """
+    arch, metadata, tensors = header.architecture, header.metadata, header.tensors
+
+    def need(key: str) -> Any:
+        value = metadata.get(f"{arch}.{key}")
+        if value is None or isinstance(value, list):
+            raise damaged(path, f"'{arch}.{key}' is missing or not one number")
+        return value
+
+    if "token_embd.weight" not in tensors:
+        raise damaged(path, "it has no embedding")
+    heads = need("attention.head_count")
+    head_dim = metadata.get(f"{arch}.attention.key_length") or need("embedding_length") // heads
+    theta = _decimal(metadata.get(f"{arch}.rope.freq_base", 10_000.0))
+    config: dict[str, Any] = {
+        "model_type": MODEL_TYPES[arch],
+        "num_hidden_layers": need("block_count"),
+        "hidden_size": need("embedding_length"),
+        "intermediate_size": need("feed_forward_length"),
+        "num_attention_heads": heads,
+        "num_key_value_heads": metadata.get(f"{arch}.attention.head_count_kv", heads),
+        "max_position_embeddings": need("context_length"),
+        "rms_norm_eps": _decimal(need("attention.layer_norm_rms_epsilon")),
+        "vocab_size": tensors["token_embd.weight"].shape[0],
+        "tie_word_embeddings": "output.weight" not in tensors,
+        "rope_parameters": {"rope_type": "default", "rope_theta": theta},
+        "bos_token_id": metadata.get("tokenizer.ggml.bos_token_id"),
+        "eos_token_id": metadata.get("tokenizer.ggml.eos_token_id"),
+        "pad_token_id": metadata.get("tokenizer.ggml.padding_token_id"),
+    }
+    if arch in ("gemma3", "llama", "qwen3"):  # in the others it follows from the hidden size
+        config["head_dim"] = head_dim
+    if arch == "llama":
+        config["attention_bias"] = "blk.0.attn_q.bias" in tensors
+    elif arch == "phi3":
+        rotated = metadata.get(f"{arch}.rope.dimension_count", head_dim)
+        config["rope_parameters"]["partial_rotary_factor"] = rotated / head_dim
+        config["sliding_window"] = metadata.get(f"{arch}.attention.sliding_window") or None
+    elif arch == "gemma3":
+        config["query_pre_attn_scalar"] = head_dim
+        config["sliding_window"] = need("attention.sliding_window")
+        config["rope_parameters"] = {
+            "full_attention": {"rope_type": "default", "rope_theta": theta},
+            "sliding_attention": {"rope_type": "default", "rope_theta": _GEMMA_LOCAL_THETA},
+        }
+    return config
+
+
+def _decimal(value: float) -> float:
+    """Undo the widening of an fp32 value: 9.999999747378752e-06 was written as 1e-05."""
+    return float(f"{value:.7g}")
+
+
+def _state_name(path: Path, arch: str, name: str) -> str:
+    """Return the state-dict name of a GGUF tensor."""
+    stem, _, suffix = name.rpartition(".")
+    if stem in _TOP:
+        return f"{_TOP[stem]}.{suffix}"
+    block = re.fullmatch(r"blk\.(\d+)\.(\w+)", stem)
+    inside = _BLOCK_OF.get(arch, {}).get(block[2], _BLOCK.get(block[2])) if block else None
+    if block is None or inside is None:
+        raise ModelError(f"{path} holds '{name}', which a {arch} model does not have: it is another kind of model.")
+    return f"model.layers.{block[1]}.{inside}.{suffix}"
+
+
+def _dequantize(path: Path, name: str, info: TensorInfo, data: np.ndarray) -> np.ndarray:
+    """Return one tensor as float32 of its shape."""
+    raw = data[info.begin : info.begin + info.n_bytes].reshape(*info.shape[:-1], -1)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
-        loaded = AutoModelForCausalLM.from_pretrained(
-            path.parent, gguf_file=path.name, dtype=dtype, local_files_only=True
-        )
-    except (OSError, ValueError, KeyError, IndexError, TypeError, RuntimeError) as error:
-        raise ModelError(f"{path} cannot be read as a {header.architecture} model: {error}") from error
-    settle_tokenizer(tokenizer, header)
-    # Transformers marks what it read from GGUF as quantized, which forbids saving it: build it anew, plain.
-    config = {key: _decimal(value) for key, value in plain_config(loaded).items()}
-    state = {name: tensor.to(dtype) for name, tensor in loaded.state_dict().items()}
-    return assign(empty_module(config), state), tokenizer
+        values = quants.dequantize(np.asarray(raw), info.kind)
+    except NotImplementedError as error:
+        raise ModelError(f"{path}: '{name}' is stored as {info.kind.name}, which cannot be read.") from error
+    return np.array(values, dtype=np.float32).reshape(info.shape)  # a copy: the file may go away
 
 
-def _decimal(value: Any) -> Any:
-    """Undo the widening of an fp32 metadata value: 9.999999747378752e-06 was written as 1e-05."""
-    return float(f"{value:.7g}") if isinstance(value, float) else value
+def _layout(header: GgufHeader, config: Mapping[str, Any]) -> Callable[[str, np.ndarray], np.ndarray]:
+    """Return the function (tensor name, values) that undoes what converting to GGUF changes in this architecture."""
+
+    def llama(name: str, values: np.ndarray) -> np.ndarray:
+        for part, key in ((".attn_q.", "num_attention_heads"), (".attn_k.", "num_key_value_heads")):
+            if part in name:
+                return split_rotary_pairs(values, config[key])
+        return values
+
+    def gemma(name: str, values: np.ndarray) -> np.ndarray:
+        # GGUF stores the whole factor; Gemma's norm adds one to its weight.
+        return values - 1 if name.endswith("norm.weight") else values
+
+    layouts = {"llama": llama, "gemma3": gemma}
+    return layouts.get(header.architecture, lambda name, values: values)
 
 
-def settle_tokenizer(tokenizer: PreTrainedTokenizerBase, header: GgufHeader) -> None:
-    """Make the tokenizer split text and begin sequences as the model was trained to."""
-    from tokenizers import processors
+def split_rotary_pairs(rows: np.ndarray, n_heads: int) -> np.ndarray:
+    """Reorder rows of q or k from neighbouring rotary pairs (GGUF) to first halves, then second halves (transformers).
 
-    metadata = header.metadata
-    backend = tokenizer.backend_tokenizer
-    if metadata.get("tokenizer.ggml.model") == "gpt2":
-        backend.pre_tokenizer = _pre_tokenizer(_splitting(metadata))
-    if _begins_with_bos(metadata) and tokenizer.bos_token is not None:
-        begin = str(tokenizer.bos_token)
-        backend.post_processor = processors.TemplateProcessing(
-            single=f"{begin} $A", special_tokens=[(begin, tokenizer.bos_token_id)]
-        )
-    tokenizer.model_max_length = int(metadata[f"{header.architecture}.context_length"])
-
-
-def _begins_with_bos(metadata: Mapping[str, Any]) -> bool:
-    """What the file says, else llama.cpp's rule: SentencePiece vocabularies and Llama 3 begin with the token."""
-    implied = metadata.get("tokenizer.ggml.model") == "llama" or _splitting(metadata) == "llama-bpe"
-    return bool(metadata.get("tokenizer.ggml.add_bos_token", implied))
-
-
-def _pre_tokenizer(name: str) -> PreTokenizer:
-    from tokenizers import Regex, pre_tokenizers
-
-    if name in _SPLITS:
-        return pre_tokenizers.Sequence(
-            [
-                pre_tokenizers.Split(Regex(_SPLITS[name]), behavior="isolated"),
-                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-            ]
-        )
-    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    if name == "smollm":
-        return pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), byte_level])
-    return byte_level
+    Args:
+        rows: shape (n_heads * head_dim, ...).
+    """
+    half = rows.shape[0] // n_heads // 2
+    pairs = rows.reshape(n_heads, half, 2, *rows.shape[1:])
+    return np.ascontiguousarray(pairs.swapaxes(1, 2)).reshape(rows.shape)

@@ -19,7 +19,8 @@ from workbench.models.checkpoint import PICKLE_SUFFIXES, read_json, refuse_pickl
 from workbench.models.families import architecture
 from workbench.models.fingerprint import files_sha256, fingerprint
 from workbench.models.gguf_header import is_gguf
-from workbench.models.gguf_model import check_gguf, load_gguf
+from workbench.models.gguf_model import check_gguf, load_module
+from workbench.models.gguf_tokenizer import load_tokenizer
 from workbench.models.settle import wrap
 from workbench.progress import Job
 
@@ -72,7 +73,8 @@ def load(
         else:
             header = check_gguf(origin.path)
             files = [origin.path]
-            module, tokenizer = load_gguf(origin.path, header, target_dtype)
+            tokenizer = load_tokenizer(origin.path, header)
+            module = load_module(origin.path, header, target_dtype)
     job.advance()
     _require_finite(module, origin.name, dtype)
     cast("nn.Module", module).to(target_device)
@@ -123,9 +125,9 @@ def _resolve(source: str | Path, revision: str | None, job: Job) -> _Origin:
         if path.is_file():
             _require_gguf(path)
         return _Origin(path.stem if path.is_file() else path.name, str(path), path)
-    if not _may_be_hub_id(text):
-        raise ModelError(f"There is no model '{text}': {_FORMS}." + suggest(text.lower(), [EMBEDDED]))
     name, _, tag = text.partition("@")
+    if not _may_be_hub_id(name):
+        raise ModelError(f"There is no model '{text}': {_FORMS}." + suggest(text.lower(), [EMBEDDED]))
     revision = revision or tag or None
     hub.check_id(name, revision)
     known = f"{name}@{revision}" if revision else name
@@ -171,6 +173,7 @@ def _from_folder(
     folder: Path, dtype: torch.dtype, trust_remote_code: bool, job: Job
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, list[Path]]:
     """Read a folder of safetensors whose config and files have been judged first."""
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     if not (folder / "config.json").is_file():
@@ -184,7 +187,7 @@ def _from_folder(
     common: dict[str, Any] = {"trust_remote_code": trust_remote_code, "local_files_only": True}
     try:
         config = AutoConfig.from_pretrained(folder, **common)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, StrictDataclassError) as error:
         raise ModelError(f"{folder / 'config.json'} is not usable: {_one_line(error)}") from error
     architecture(config)
     job.check()
