@@ -1,0 +1,343 @@
+"""The sensitivity workbench as ipywidgets, for JupyterLab: one skin over a ``Controller``, holding no state of its own.
+
+The controller's worker sets widget traits, which is the documented way from a thread; nothing is printed. Only the
+heat map is a ``FigureWidget``, because only it listens to clicks, and each of those sends plotly's source once; the
+other pictures are plain figures in ``Output`` widgets.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from workbench.analysis.sensitivity import rank_linears, rank_units
+from workbench.errors import EngineError
+from workbench.store import Store
+from workbench.view import panels, plots
+from workbench.view.controller import Controller, State
+from workbench.view.heatmap import StepGrid, grid_figure, step_grid
+from workbench.view.loop import DAMAGE, Settings
+from workbench.view.style import TEMPLATE
+
+try:
+    import ipywidgets as widgets
+    import plotly.graph_objects as go
+    from plotly.basewidget import BaseFigureWidget  # noqa: F401 - needs anywidget, which this finds out
+except ImportError as error:
+    raise EngineError(
+        f"The notebook's widgets need {error.name}: install them with pip install 'compression-workbench[lab]'."
+    ) from error
+
+_VALUE = "relative_error"
+_WIDE = {"width": "100%"}
+
+
+class SensitivityWorkbench(widgets.VBox):  # type: ignore[misc]
+    """Look at a model's sensitivity, pick bits, run, and read what was measured.
+
+    Args:
+        model: what ``models.load`` takes.
+        budget: effective bits to begin with.
+        settings: how much is looked at and measured.
+        store: where analyses are kept; None opens the default store.
+        out: folder for the compressed model; None for one inside the store's home.
+        start: begin the analysis at once.
+
+    Attributes:
+        controller: state and actions, the same without widgets.
+    """
+
+    def __init__(
+        self,
+        model: str | Path = "smollm2-135m",
+        *,
+        budget: float = 4.5,
+        settings: Settings | None = None,
+        store: Store | None = None,
+        out: Path | None = None,
+        start: bool = True,
+    ) -> None:
+        self.controller = Controller(model, budget=budget, settings=settings, store=store, out=out)
+        self._shown = State(model="", budget=0.0)
+        self._grid: StepGrid | None = None
+        self._make_look()
+        self._make_pick()
+        self._make_run()
+        super().__init__(
+            [
+                widgets.HTML(panels.STYLE + panels.heading(str(model))),
+                *self._run_bar,
+                *self._look_parts,
+                *self._pick_parts,
+                *self._result_parts,
+            ],
+            layout=_WIDE,
+        )
+        self.add_class("wb-workbench")
+        self._stop = self.controller.subscribe(self._show)
+        self._show(self.controller.state)
+        if start:
+            self.controller.analyse()
+
+    def close(self) -> None:
+        """Stop what runs, free the model, and remove the widgets."""
+        self._stop()
+        self.controller.close()
+        super().close()
+
+    # Parts ---------------------------------------------------------------------------------------------------------
+
+    def _make_run(self) -> None:
+        self._analyse = _button("Analyse", "wb-analyse", "Look at the model (again)", "search")
+        self._run = _button("Run", "wb-run", "Compress with the bits picked, generate, and measure", "play", "primary")
+        self._cancel = _button("Cancel", "wb-cancel", "Stop at the next safe point", "stop", "warning")
+        self._analyse.on_click(lambda _: self.controller.analyse())
+        self._run.on_click(lambda _: self.controller.run())
+        self._cancel.on_click(lambda _: self.controller.cancel())
+        self._bar = widgets.FloatProgress(
+            0.0,
+            min=0.0,
+            max=1.0,
+            description="Progress",
+            tooltip="Share of the present step",
+            layout={"width": "320px"},
+        )
+        self._bar.add_class("wb-progress")
+        self._remaining = _label("wb-remaining")
+        self._status = _html("wb-status")
+        self._run_bar = [
+            widgets.HBox(
+                [self._analyse, self._run, self._cancel, self._bar, self._remaining],
+                layout={"align_items": "center", "flex_flow": "row wrap"},
+            ),
+            self._status,
+        ]
+        self._measured = _html("wb-measured")
+        self._latency = _Picture("wb-latency")
+        self._texts = _html("wb-texts")
+        self._result_parts = [
+            _title("Measured"),
+            self._measured,
+            self._latency,
+            self._texts,
+        ]
+
+    def _make_look(self) -> None:
+        self._bits = widgets.ToggleButtons(
+            options=self.controller.settings.widths,
+            value=3 if 3 in self.controller.settings.widths else self.controller.settings.widths[0],
+            description="Map at bits",
+            tooltip="Width that the heat map and the rankings show",
+            style={"button_width": "46px", "description_width": "initial"},
+        )
+        self._bits.add_class("wb-bits")
+        self._sequence = widgets.Dropdown(
+            options=[("all", None)],
+            description="Sequence",
+            tooltip="Which prompt with its reply",
+            layout={"width": "220px"},
+        )
+        self._sequence.add_class("wb-sequence")
+        self._bits.observe(lambda _: self._draw_look(), "value")
+        self._sequence.observe(lambda _: self._draw_look(), "value")
+        self._map = go.FigureWidget(go.Figure(layout={"template": TEMPLATE, "height": 320}))
+        map_box = widgets.VBox([self._map], layout=_WIDE)
+        map_box.add_class("wb-heatmap")
+        self._linears = _html("wb-linears")
+        self._units = _html("wb-units")
+        self._look_parts = [
+            _title("Look: relative output error over decoding steps"),
+            widgets.HBox([self._bits, self._sequence], layout={"flex_flow": "row wrap"}),
+            map_box,
+            widgets.HBox(
+                [self._linears, self._units], layout={"flex_flow": "row wrap", "justify_content": "flex-start"}
+            ),
+        ]
+
+    def _make_pick(self) -> None:
+        self._budget = widgets.FloatSlider(
+            self.controller.state.budget,
+            min=2.0,
+            max=9.0,
+            step=0.05,
+            readout_format=".2f",
+            continuous_update=False,
+            disabled=True,
+            description="Budget (effective bits)",
+            tooltip="Stored bits per weight, scales and zero points counted",
+            style={"description_width": "initial"},
+            layout={"width": "520px"},
+        )
+        self._budget.add_class("wb-budget")
+        self._predicted = _html("wb-predicted")
+        self._unit = widgets.Dropdown(
+            options=[], description="Unit", tooltip="Or click a row of the heat map", layout={"width": "260px"}
+        )
+        self._unit.add_class("wb-unit")
+        self._unit_bits = widgets.Dropdown(
+            options=[("the solver decides", None), *((f"{b} bits", b) for b in self.controller.settings.widths)],
+            description="Its bits",
+            tooltip="Pin this unit to a width",
+            layout={"width": "260px"},
+        )
+        self._unit_bits.add_class("wb-unit-bits")
+        self._unpin = _button("Unpin all", "wb-unpin", "Leave every unit to the solver", "undo")
+        self._budget.observe(self._on_budget, "value")
+        self._unit.observe(lambda _: self._show_pin(), "value")
+        self._unit_bits.observe(self._on_pin, "value")
+        self._unpin.on_click(lambda _: self.controller.unpin_all())
+        self._grid_picture = _Picture("wb-grid")
+        self._pareto = _Picture("wb-pareto")
+        self._pick_parts = [
+            _title("Pick: bits of each unit"),
+            self._budget,
+            self._predicted,
+            widgets.HBox([self._unit, self._unit_bits, self._unpin], layout={"flex_flow": "row wrap"}),
+            self._grid_picture,
+            self._pareto,
+        ]
+
+    # What the user does --------------------------------------------------------------------------------------------
+
+    # The state is set from the widgets and the widgets from the state: comparing with the state, rather than a flag
+    # that is up while showing, never loses what the user does meanwhile in another thread.
+
+    def _on_budget(self, change: dict[str, Any]) -> None:
+        if abs(change["new"] - self.controller.state.budget) > self._budget.step / 2:
+            self.controller.set_budget(change["new"])
+
+    def _on_pin(self, change: dict[str, Any]) -> None:
+        unit = self._unit.value
+        if unit is not None and change["new"] != self.controller.state.pinned.get(unit):
+            self.controller.pin(unit, change["new"])
+
+    def _on_click(self, trace: Any, points: Any, _: Any) -> None:
+        architecture = self.controller.state.architecture
+        if self._grid is not None and architecture is not None and points.point_inds:
+            row = points.point_inds[0][0]
+            self._unit.value = architecture.linear(self._grid.linears[row]).unit
+
+    def _show_pin(self) -> None:
+        self._unit_bits.value = self.controller.state.pinned.get(self._unit.value)
+
+    # Showing the state ---------------------------------------------------------------------------------------------
+
+    def _show(self, state: State) -> None:
+        """Bring the widgets to a state, touching only what differs from the one shown before."""
+        before, self._shown = self._shown, state
+        idle = not state.busy
+        self._analyse.disabled = not idle
+        self._run.disabled = not idle or state.solution is None
+        self._cancel.disabled = idle or state.cancelling
+        self._bar.value = state.progress.done / state.progress.total if state.progress and state.progress.total else 0.0
+        self._remaining.value = panels.progress(state.progress)
+        self._status.value = panels.status(state)
+        if state.look is not before.look and state.look is not None:
+            n_sequences = int(state.look.steps.table["sequence"].max()) + 1
+            self._sequence.options = [("all", None), *((f"{i}", i) for i in range(n_sequences))]
+            self._unit.options = [unit.id for unit in state.architecture.units] if state.architecture else []
+            self._draw_look()
+        if state.budget_range != before.budget_range and state.budget_range is not None:
+            low, high = state.budget_range
+            # Whole steps inside the range, so that both ends of the slider can be met.
+            self._budget.max = max(high, self._budget.min)
+            self._budget.min = low
+            self._budget.max = high
+            self._budget.disabled = False
+        if state.budget != before.budget:
+            self._budget.value = state.budget
+        if state.pinned != before.pinned:
+            self._show_pin()
+        if state.solution is not before.solution or state.budget_range != before.budget_range:
+            self._predicted.value = panels.prediction(state)
+        if state.solution is not before.solution or state.trial is not before.trial:
+            self._draw_choice(state)
+        if state.trial is not before.trial and state.trial is not None:
+            self._measured.value = panels.measured(state.trial)
+            self._latency.show(plots.latency_comparison(state.trial.latency))
+            self._texts.value = panels.side_by_side(state.trial.generations)
+
+    def _draw_look(self) -> None:
+        """Heat map and rankings at the chosen width."""
+        seen = self.controller.state.look
+        if seen is None:
+            return
+        bits = self._bits.value
+        self._grid = step_grid(seen.steps, bits, self._sequence.value, _VALUE)
+        drawn = grid_figure(self._grid, seen.steps, bits, _VALUE)
+        first = not self._map.data
+        with self._map.batch_update():
+            if first:
+                self._map.add_trace(drawn.data[0])
+            else:
+                self._map.data[0].update(drawn.data[0].to_plotly_json(), overwrite=True)
+            self._map.layout = drawn.layout
+        if first:
+            self._map.data[0].on_click(self._on_click)
+        self._linears.value = panels.ranking(
+            rank_linears(seen.steps, bits),
+            {"linear": "linear", "mean": "mean error", "p95": "p95", "max": "max", "worst_step": "worst step"},
+            f"Linears by relative error over steps, {bits} bits",
+        )
+        self._units.value = panels.ranking(
+            rank_units(seen.damage, bits, DAMAGE),
+            {"unit": "unit", DAMAGE: "Fisher score (nats per token)", "share": "share"},
+            f"Units by predicted damage, {bits} bits",
+        )
+
+    def _draw_choice(self, state: State) -> None:
+        """Grid of bits and trade-off of the present solution."""
+        if state.look is None or state.solution is None:
+            return
+        found, trial = state.solution, state.trial
+        self._grid_picture.show(plots.damage_by_unit(state.look.damage, found.unit_bits, pinned=list(state.pinned)))
+        self._pareto.show(
+            plots.pareto(
+                state.look.trade_off,
+                chosen={"effective_bits": found.achieved_bits, "damage": found.predicted_damage},
+                measured=trial.point if trial is not None else None,
+                note=f"predicted: Fisher score on {state.look.score_tokens} tokens",
+            )
+        )
+
+
+class _Picture(widgets.Output):  # type: ignore[misc]
+    """A plotly figure without a way back to the kernel; set as a trait, so that any thread may show one."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(layout=_WIDE)
+        self.add_class(name)
+
+    def show(self, figure: go.Figure) -> None:
+        content = json.loads(figure.to_json())
+        content["config"] = {"displaylogo": False, "responsive": True}
+        self.outputs = (
+            {
+                "output_type": "display_data",
+                "data": {"application/vnd.plotly.v1+json": content},
+                "metadata": {},
+            },
+        )
+
+
+def _button(text: str, name: str, tooltip: str, icon: str, style: str = "") -> Any:
+    button = widgets.Button(description=text, tooltip=tooltip, icon=icon, button_style=style, layout={"width": "auto"})
+    button.add_class(name)
+    return button
+
+
+def _html(name: str) -> Any:
+    element = widgets.HTML(layout={"max_width": "100%"})
+    element.add_class(name)
+    return element
+
+
+def _label(name: str) -> Any:
+    element = widgets.Label()
+    element.add_class(name)
+    return element
+
+
+def _title(text: str) -> Any:
+    return widgets.HTML(panels.panel(f"<h3>{text}</h3>"))
