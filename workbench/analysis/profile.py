@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import platform
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, BinaryIO, Protocol
 
 import pandas as pd
 import pyarrow as pa
@@ -18,6 +19,7 @@ from pydantic import BaseModel, ConfigDict
 
 from workbench.corpus import TextRecord as TextRecord
 from workbench.errors import InputError, IntegrityError
+from workbench.files import write_whole
 from workbench.progress import Job
 
 _METADATA_KEY = b"workbench.provenance"
@@ -68,9 +70,15 @@ class Profile:
     def kind(self) -> str:
         return self.provenance.kind
 
-    def save(self, path: Path) -> None:
-        """Write one Parquet file; the caller chooses a path that does not exist yet."""
-        write_parts(path, iter([self.table]), self.provenance)
+    def write(self, file: BinaryIO) -> None:
+        """Write one Parquet file into an open binary file."""
+        write_parts(file, iter([self.table]), self.provenance)
+
+    def save(self, path: str | Path) -> None:
+        """Write one Parquet file, replacing one that is there, whole or not at all."""
+        buffer = io.BytesIO()
+        self.write(buffer)
+        write_whole(Path(path), buffer.getvalue())
 
     @classmethod
     def load(cls, path: Path) -> Profile:
@@ -119,7 +127,7 @@ def run(analysis: Analysis, job: Job | None = None) -> Profile:
     return Profile(pd.concat(tables, ignore_index=True), analysis.provenance)
 
 
-def write_parts(path: Path, tables: Iterator[pd.DataFrame], provenance: Provenance) -> None:
+def write_parts(path: Path | BinaryIO, tables: Iterator[pd.DataFrame], provenance: Provenance) -> None:
     """Stream tables into one Parquet file, one in memory at a time."""
     writer: pq.ParquetWriter | None = None
     try:

@@ -1,0 +1,124 @@
+"""The terminal: progress on standard error, results on standard output, one line for every expected error."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from workbench.progress import Job, JobState
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+out = Console(highlight=False)
+err = Console(stderr=True, highlight=False)
+
+
+def say(text: str) -> None:
+    """Print one line of plain text; nothing in it is taken for markup."""
+    out.print(escape(text), soft_wrap=True)
+
+
+def tell(text: str) -> None:
+    """Print one line to standard error."""
+    err.print(escape(text), soft_wrap=True)
+
+
+def fail(text: str) -> None:
+    """Print one line of error."""
+    err.print(f"[bold red]Error:[/] {escape(text)}", soft_wrap=True)
+
+
+def show_json(value: Mapping[str, Any] | Sequence[Any]) -> None:
+    """Print JSON for machines; what JSON cannot express becomes null."""
+    sys.stdout.write(json.dumps(plain(value), indent=1, ensure_ascii=False) + "\n")
+
+
+def plain(value: Any) -> Any:
+    """Return a value as JSON knows it: NaN and infinity become None, numpy numbers become numbers."""
+    if isinstance(value, Mapping):
+        return {str(k): plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(v) for v in value]
+    if hasattr(value, "item") and callable(value.item):
+        value = value.item()
+    if isinstance(value, float) and (value != value or value in (float("inf"), float("-inf"))):
+        return None
+    return value if isinstance(value, str | int | float | bool | None) else str(value)
+
+
+def show_table(title: str, frame: pd.DataFrame, *, rows: int = 20) -> None:
+    """Print the first rows of a table, and how many more there are."""
+    table = Table(title=escape(title), title_justify="left", title_style="bold", header_style="bold")
+    for column in frame.columns:
+        table.add_column(escape(str(column)), justify="right" if frame[column].dtype.kind in "if" else "left")
+    for row in frame.head(rows).itertuples(index=False):
+        table.add_row(*[escape(_cell(value)) for value in row])
+    out.print(table)
+    if len(frame) > rows:
+        say(f"... and {len(frame) - rows} more")
+
+
+def _cell(value: Any) -> str:
+    if value is None or value != value:
+        return "-"
+    if isinstance(value, float):
+        return f"{value:.4g}" if abs(value) < 1e5 else f"{value:,.0f}"
+    if isinstance(value, int) and abs(value) >= 100_000:
+        return f"{value:,}"
+    return str(value)
+
+
+@contextmanager
+def running(quiet: bool = False) -> Iterator[Job]:
+    """Yield a job whose stages show as progress bars with the remaining time, and which Ctrl-C cancels.
+
+    The first interrupt (or SIGTERM) asks the work to stop at its next safe point; the second stops it at once.
+    Where standard error is not a terminal, each stage prints one line.
+    """
+    progress = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f} %"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        console=err,
+        disable=quiet or not err.is_terminal,
+    )
+    tasks: dict[str, Any] = {}
+
+    def listen(state: JobState) -> None:
+        if not state.stage or quiet:
+            return
+        if state.stage not in tasks:
+            tasks[state.stage] = progress.add_task(escape(state.stage), total=state.total or None)
+            if not err.is_terminal:
+                err.print(escape(f"{state.stage} ..."))
+        progress.update(tasks[state.stage], completed=state.done, total=state.total or None)
+
+    job = Job(listen)
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        if job.cancelled:
+            raise KeyboardInterrupt
+        job.cancel()
+        err.print("Cancelling at the next safe point; interrupt again to stop at once.")
+
+    previous = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        with progress:
+            yield job
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

@@ -1,0 +1,329 @@
+"""Commands that run: ``demo``, ``compress``, ``generate``, ``measure``, ``report`` and ``bench``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from workbench.cli import console
+from workbench.cli.look import Json, ModelName, Quiet, require_text
+from workbench.errors import InputError
+from workbench.files import check_folder, check_output_file
+
+if TYPE_CHECKING:
+    from workbench.progress import Job
+
+Threads = Annotated[int | None, typer.Option(min=1, help="Threads of the engines; one per usable core if not given.")]
+EngineName = Annotated[str, typer.Option(help="auto or reference.")]
+
+
+def register(app: typer.Typer) -> None:
+    """Add this module's commands."""
+    app.command("demo")(demo)
+    app.command("compress")(compress)
+    app.command("generate")(generate)
+    app.command("measure")(measure)
+    app.command("report")(report)
+    app.command("bench")(bench)
+
+
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for demo.json, recipe.json, report.html and the model.")],
+    model: Annotated[str, typer.Option(help="smollm2-135m, a folder, a GGUF file or a hub id.")] = "smollm2-135m",
+    bits: Annotated[float, typer.Option(help="Budget: average effective bits.")] = 4.5,
+    text: Annotated[str, typer.Option(help="Evaluation text: prose, pydoc, hf:..., or a file.")] = "prose",
+    engine: EngineName = "auto",
+    threads: Threads = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """The whole loop in one sitting: look, pick, run, measure, report."""
+    from workbench.runtime import choose_engine
+
+    folder = check_folder(out)
+    choose_engine(engine)
+    require_text(text)
+    from workbench.store import Store
+    from workbench.view.demo import DemoOptions, run_demo
+
+    options = DemoOptions(model=model, bits=bits, text=text, engine=engine, threads=threads)
+    with Store() as store, console.running(quiet or as_json) as job:
+        result = run_demo(folder, options, store, job)
+    if as_json:
+        console.show_json(result)
+        return
+    if engine == "auto":
+        console.say(f"Engine: {result['engine']} (chosen by auto)")
+    show_sides(result["dense"], result["compressed"], result["latency"], result["notes"])
+    console.say(f"Written: {folder}/demo.json, recipe.json, report.html and model/")
+
+
+def compress(
+    model: ModelName,
+    recipe: Annotated[Path, typer.Option(help="A recipe, .json, of `solve` or your own.")],
+    out: Annotated[Path, typer.Option(help="Folder for the compressed model.")],
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a compressed model that is there.")] = False,
+    allow_other_weights: Annotated[
+        bool, typer.Option("--allow-other-weights", help="Use a recipe made for another fine-tune, knowingly.")
+    ] = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Carry out a recipe and write the compressed model."""
+    from workbench.apply.recipe import Recipe
+
+    chosen = Recipe.load(recipe)
+    from workbench.formats.folder import check_output_folder
+
+    folder = check_output_folder(out, overwrite=overwrite)
+    from workbench.apply.compress import compress as carry_out
+    from workbench.models import load
+
+    with console.running(quiet or as_json) as job:
+        dense = load(model, job=job)
+        chosen.check_model(dense, allow_other_weights=allow_other_weights)
+        compressed = carry_out(dense, chosen, job=job, allow_other_weights=allow_other_weights)
+        compressed.save(folder, overwrite=overwrite)
+    facts = {
+        "out": str(folder),
+        "sha256": compressed.sha256,
+        "recipe_sha256": chosen.sha256,
+        "effective_bits": compressed.effective_bits,
+        "output_bits": compressed.output_bits,
+        "weight_bytes": compressed.weight_bytes,
+        "dense_bytes": dense.dense_bytes,
+        "fit_seconds": compressed.fit_seconds,
+    }
+    if as_json:
+        console.show_json(facts)
+        return
+    target = chosen.solution.budget if chosen.solution is not None else "none"
+    console.say(
+        f"Effective bits: {compressed.effective_bits:.4f} (budget: {target}); output layer: "
+        f"{compressed.output_bits:.3f} bits."
+    )
+    share = compressed.weight_bytes / dense.dense_bytes
+    console.say(f"Weights on disk: {compressed.weight_bytes:,} bytes, {share:.1%} of dense ({dense.dense_bytes:,}).")
+    console.say(f"Written: {folder}")
+
+
+def generate(
+    model: Annotated[str, typer.Argument(metavar="MODEL|DIR", help="A model, or a compressed model's folder.")],
+    prompt: Annotated[str, typer.Argument(help="What to ask; the model's chat template is applied.")],
+    new_tokens: Annotated[int, typer.Option(min=1)] = 128,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
+    top_k: Annotated[int, typer.Option(min=0)] = 0,
+    top_p: Annotated[float, typer.Option()] = 1.0,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    raw: Annotated[bool, typer.Option("--raw", help="Feed the text as it is, without the chat template.")] = False,
+    engine: EngineName = "auto",
+    threads: Threads = None,
+    as_json: Json = False,
+) -> None:
+    """Generate text with a dense or compressed model."""
+    from workbench.runtime import choose_engine
+    from workbench.runtime.base import Sampler
+
+    sampler = Sampler(temperature, top_k, top_p)
+    name = choose_engine(engine)
+    if not prompt.strip():
+        raise InputError("The prompt is empty: say what to ask.")
+    from workbench.runtime import open_engine
+
+    with console.running(quiet=True) as job:
+        opened = open_engine(model, engine=engine, threads=threads, job=job)
+        loaded = opened.model
+        ids = loaded.encode(prompt) if raw else loaded.encode_chat(prompt)
+        sequence = opened.start(seed=seed)
+        reply = opened.generate(sequence, ids, new_tokens, sampler=sampler, stop_tokens=loaded.stop_tokens, job=job)
+    steps = [step.seconds for step in sequence.trace[len(ids) :]]
+    per_token = 1000 * sum(steps) / len(steps) if steps else None
+    if as_json:
+        console.show_json(
+            {
+                "model": loaded.name,
+                "engine": name,
+                "tokens": reply,
+                "text": loaded.decode(reply),
+                "prompt_tokens": len(ids),
+                "ms_per_token": per_token,
+                "seed": seed,
+            }
+        )
+        return
+    console.say(loaded.decode(reply))
+    if per_token is not None:
+        console.err.print(
+            f"{len(reply)} tokens, {per_token:.1f} ms each on the {name} engine (one run, no claim: use measure)"
+        )
+
+
+def measure(
+    folder: Annotated[str, typer.Argument(metavar="DIR", help="A compressed model.")],
+    text: Annotated[str, typer.Option(help="Evaluation text: prose, pydoc, hf:..., or a file.")] = "prose",
+    windows: Annotated[int, typer.Option(min=1, help="Evaluation windows; 40 or more for a claim.")] = 48,
+    window_length: Annotated[int, typer.Option(min=2, help="Tokens of a window.")] = 256,
+    pairs: Annotated[int, typer.Option(min=1, help="Interleaved timing pairs; 20 or more for a claim.")] = 20,
+    dense: Annotated[str | None, typer.Option(help="The dense model, where it has moved.")] = None,
+    questions: Annotated[bool, typer.Option("--questions", help="Also ask 200 multiple-choice questions.")] = False,
+    tasks: Annotated[list[str] | None, typer.Option(help="A task of lm-evaluation-harness; may be repeated.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Write everything measured, .json.")] = None,
+    engine: EngineName = "auto",
+    threads: Threads = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Measure a compressed model against the dense one: quality, speed, memory, energy."""
+    from workbench.formats.folder import is_compressed
+    from workbench.runtime import choose_engine
+
+    target = None if out is None else check_output_file(out, suffixes=(".json",))
+    if not is_compressed(folder):
+        raise InputError(f"{folder} is not a compressed model: give a folder that `workbench compress` wrote.")
+    choose_engine(engine)
+    require_text(text)
+    from workbench.measure import measure as measure_model
+    from workbench.operate.runs import record_measurement
+    from workbench.store import Store
+
+    with Store() as store, console.running(quiet or as_json) as job:
+        found = measure_model(
+            folder,
+            dense,
+            text=text,
+            n_windows=windows,
+            window_length=window_length,
+            pairs=pairs,
+            threads=threads,
+            engine=engine,
+            ask_questions=questions,
+            job=job,
+        )
+        few_shot = _few_shot(folder, tasks, engine, threads, job) if tasks else None
+        number = record_measurement(store, "measure", found, name=Path(folder).name)
+    value = {**found.to_json(), "run": number, "tasks": few_shot}
+    if target is not None:
+        from workbench.measure.bench import write_json
+
+        write_json(target, console.plain(value))
+    if as_json:
+        console.show_json(value)
+        return
+    show_sides(found.dense_row(), found.row(), found.latency.to_json(), found.notes)
+    console.show_table("By domain and language", found.quality.by_group)
+    if found.questions is not None:
+        before, after, flips = found.questions.dense, found.questions.candidate, found.questions.flips
+        console.say(
+            f"Questions: dense {before.accuracy_per_byte.value:.1%}, compressed {after.accuracy_per_byte.value:.1%} "
+            f"right of {flips.n_questions} (chance {before.chance:.0%}); {flips.changed} answered differently, "
+            f"{flips.lost} lost, {flips.gained} gained."
+        )
+    if few_shot is not None:
+        import pandas as pd
+
+        console.show_table("Few-shot tasks", pd.DataFrame(few_shot))
+    console.say(f"Run {number} in the store." + (f" Written: {target}" if target else ""))
+
+
+def _few_shot(folder: str, tasks: list[str], engine: str, threads: int | None, job: Job) -> list[dict[str, Any]]:
+    from workbench.measure.harness import run_tasks
+    from workbench.runtime import open_engine
+
+    opened = open_engine(folder, engine=engine, threads=threads, job=job)
+    try:
+        return console.plain(run_tasks(opened, tasks, job=job).to_dict(orient="records"))
+    finally:
+        opened.close()
+
+
+def report(
+    number: Annotated[int, typer.Argument(metavar="RUN", help="A run of the store; `store runs` lists them.")],
+    out: Annotated[Path, typer.Option(help="The page to write, .html.")] = Path("report.html"),
+) -> None:
+    """Write one run of the store as a self-contained page."""
+    target = check_output_file(out, suffixes=(".html",))
+    from workbench.store import Store
+    from workbench.view.run_report import report_run
+
+    with Store() as store:
+        report_run(store, number, target)
+    console.say(f"Written: {target}")
+
+
+def bench(
+    name: Annotated[str, typer.Argument(help="The bench; `workbench bench list` names them.")],
+    json_file: Annotated[Path | None, typer.Option("--json", help="File for environment and rows.")] = None,
+    model: Annotated[str, typer.Option(help="smollm2-135m, a folder, a GGUF file or a hub id.")] = "smollm2-135m",
+    text: Annotated[str | None, typer.Option(help="Evaluation text: prose, pydoc, hf:..., or a file.")] = None,
+    threads: Threads = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Within some 5 minutes, once fits are stored.")] = False,
+    quiet: Quiet = False,
+) -> None:
+    """Run one bench: all rivals of a claim in one run."""
+    import pandas as pd
+
+    from workbench.measure.bench import benches, run_bench
+    from workbench.operate.jobs import analyze
+    from workbench.store import Store
+
+    if name == "list":
+        console.show_table(
+            "Benches", pd.DataFrame([(b.name, b.description) for b in benches().values()], columns=["name", "what"])
+        )
+        return
+    with Store() as store, console.running(quiet) as job:
+        result = run_bench(
+            name,
+            json_file,
+            model=model,
+            text=text,
+            threads=threads,
+            quick=quick,
+            analyze=lambda analysis, inner: analyze(store, analysis, inner).profile,
+            job=job,
+        )
+        store.record_run(
+            "bench",
+            name=name,
+            model=str(result["environment"]["model"]),
+            method="bench",
+            summary={"rows": result["rows"]},
+            environment=result["environment"],
+        )
+    frame = pd.DataFrame(result["rows"]).dropna(axis="columns", how="all")
+    console.show_table(f"Bench {name}", frame, rows=100)
+    if json_file is not None:
+        console.say(f"Written: {json_file}")
+
+
+def show_sides(dense: dict[str, Any], compressed: dict[str, Any], latency: dict[str, Any], notes: Any) -> None:
+    """Print dense beside compressed, and the speed in plain words."""
+    import pandas as pd
+
+    keys = [
+        ("ms_per_token", "ms per token"),
+        ("decode_tokens_per_s", "tokens per second"),
+        ("prefill_tokens_per_s", "prompt tokens per second"),
+        ("weight_bytes", "bytes of weights on disk"),
+        ("effective_bits", "effective bits"),
+        ("output_bits", "bits of the output layer"),
+        ("peak_rss_bytes", "peak resident bytes"),
+        ("perplexity", "perplexity"),
+        ("kl_mean", "KL to dense, nats per token"),
+        ("top1_agreement", "same top token"),
+        ("delta_nll", "change of NLL per token"),
+        ("delta_nll_low", "  95 % interval from"),
+        ("delta_nll_high", "  to"),
+    ]
+    rows = [(label, dense.get(key), compressed.get(key)) for key, label in keys if compressed.get(key) is not None]
+    console.show_table("Measured", pd.DataFrame(rows, columns=["", "dense", "compressed"], dtype=object))
+    ratio = latency["ratio"]
+    words = {"slower": "slower than", "faster": "faster than"}.get(latency["verdict"], "no different in speed from")
+    console.say(
+        f"Per token the compressed model is {words} dense here: {ratio['value']:.3f}x the time, 95 % interval "
+        f"{ratio['low']:.3f} to {ratio['high']:.3f}, {latency['pairs']} interleaved pairs."
+    )
+    for note in notes:
+        console.say(f"Note: {note}")
