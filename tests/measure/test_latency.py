@@ -2,29 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from workbench.errors import Cancelled, EngineError, InputError, ModelError
+from workbench.errors import Cancelled, EngineError, InputError
 from workbench.measure.alone import measure_alone
 from workbench.measure.decoding import Target
 from workbench.measure.latency import LatencyResult, compare_latency, measure_many
 from workbench.measure.latency_child import order_of_round
 from workbench.measure.memory import peak_rss_bytes, rss_bytes
-from workbench.models.base import LoadedModel
+from workbench.measure.statistics import Interval
 from workbench.progress import Job, JobState
-
-
-@pytest.fixture(scope="module")
-def model_folder(make_model: Callable[..., LoadedModel], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny model on disk, as a user has one."""
-    model, folder = make_model("llama"), tmp_path_factory.mktemp("tiny")
-    model.module.save_pretrained(folder)
-    model.tokenizer.save_pretrained(folder)
-    return folder
 
 
 @pytest.mark.parametrize("sides", [2, 3, 5])
@@ -43,12 +34,12 @@ def test_two_sides_run_abba() -> None:
 
 
 @pytest.fixture(scope="module")
-def twins(model_folder: Path) -> tuple[LatencyResult, list[JobState]]:
-    """A model against itself, once for several tests."""
+def timed(model_folder: Path) -> tuple[list[LatencyResult], list[JobState]]:
+    """A model against itself and against itself in bf16, timed once for several tests."""
     states: list[JobState] = []
-    found = compare_latency(
-        model_folder,
-        model_folder,
+    found = measure_many(
+        Target(model_folder, name="dense"),
+        [Target(model_folder), Target(model_folder, name="bf16", dtype="bfloat16")],
         prompt=range(1, 9),
         new_tokens=4,
         pairs=6,
@@ -59,8 +50,8 @@ def twins(model_folder: Path) -> tuple[LatencyResult, list[JobState]]:
     return found, states
 
 
-def test_a_model_takes_about_as_long_as_itself(twins: tuple[LatencyResult, list[JobState]]) -> None:
-    found, _ = twins
+def test_a_model_takes_about_as_long_as_itself(timed: tuple[list[LatencyResult], list[JobState]]) -> None:
+    found = timed[0][0]
     assert found.ratio.low <= found.ratio.value <= found.ratio.high
     assert 0.5 < found.ratio.value < 2
     assert "6 pairs" in found.note
@@ -75,19 +66,29 @@ def test_a_model_takes_about_as_long_as_itself(twins: tuple[LatencyResult, list[
     assert found.to_json()["verdict"] in ("faster", "slower", "no difference")
 
 
-def test_progress_reaches_the_end_of_every_stage(twins: tuple[LatencyResult, list[JobState]]) -> None:
-    _, states = twins
-    last = {state.stage: state for state in states}
+def test_progress_reaches_the_end_of_every_stage(timed: tuple[list[LatencyResult], list[JobState]]) -> None:
+    last = {state.stage: state for state in timed[1]}
     assert list(last) == ["loading models", "timing", "timing prefill"]
     assert all(state.done == state.total for state in last.values())
 
 
-def test_several_candidates_share_one_baseline(model_folder: Path) -> None:
-    target = Target(model_folder)
-    found = measure_many(target, [target, Target(model_folder, name="bf16", dtype="bfloat16")], new_tokens=2, pairs=2)
+def test_several_candidates_share_one_baseline(
+    timed: tuple[list[LatencyResult], list[JobState]], model_folder: Path
+) -> None:
+    found = timed[0]
     assert [result.candidate.activation_mode for result in found] == ["fp32", "bf16"]
+    assert [result.candidate.name for result in found] == [str(model_folder), "bf16"]
     assert found[0].baseline == found[1].baseline
-    assert found[1].candidate.name == "bf16"
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "expected"),
+    [(0.8, 0.9, "faster"), (1.1, 1.2, "slower"), (0.9, 1.1, "no difference"), (np.nan, np.nan, "unknown")],
+)
+def test_the_verdict_is_the_interval_against_one(
+    timed: tuple[list[LatencyResult], list[JobState]], low: float, high: float, expected: str
+) -> None:
+    assert replace(timed[0][0], ratio=Interval(1.0, low, high)).verdict == expected
 
 
 def test_refusals_come_before_any_process_is_started(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -100,11 +101,9 @@ def test_refusals_come_before_any_process_is_started(model_folder: Path, monkeyp
         compare_latency(model_folder, model_folder, engine="referense")
 
 
-def test_the_childs_own_refusals_arrive(model_folder: Path, tmp_path: Path) -> None:
+def test_the_childs_own_refusals_arrive(model_folder: Path) -> None:
     with pytest.raises(InputError, match="do not fit the context of 512"):
         compare_latency(model_folder, model_folder, prompt=[1] * 510, new_tokens=3, threads=1)
-    with pytest.raises(ModelError):
-        compare_latency(model_folder, tmp_path / "nothing", threads=1)
 
 
 def test_cancel_ends_the_timing(model_folder: Path) -> None:

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from scipy.special import log_softmax
 
 from workbench.errors import Cancelled, EngineError, InputError
-from workbench.measure.quality import compare_candidates, compare_quality, token_quality
+from workbench.measure.divergence import token_quality
+from workbench.measure.quality import compare_candidates, compare_many, compare_quality
 from workbench.progress import Job
 
 
@@ -79,6 +80,14 @@ def test_engines_may_cut_their_chunks_differently(fake: ModuleType) -> None:
     cut = compare_quality(dense, fake.FakeEngine(logits, chunks=[1, 7, 100]), windows)
     np.testing.assert_allclose(plain.windows["kl"], cut.windows["kl"])
     assert plain.top1_agreement == cut.top1_agreement
+
+
+def test_one_dense_pass_serves_several_candidates(fake: ModuleType) -> None:
+    dense, windows = fake.FakeEngine(fake.random_logits(0)), make_windows(3)
+    candidates = [fake.FakeEngine(fake.random_logits(seed)) for seed in (1, 2)]
+    together = compare_many(dense, candidates, windows)
+    for candidate, found in zip(candidates, together, strict=True):
+        assert found.windows.equals(compare_quality(dense, candidate, windows).windows)
 
 
 def test_groups_add_up_and_the_worst_window_comes_first(fake: ModuleType) -> None:

@@ -18,19 +18,23 @@ from workbench.progress import Job
 
 
 class ReportingJob(Job):
-    """A ``Job`` whose stages and steps are sent to the parent."""
+    """A ``Job`` whose every change is sent to the parent, which repeats it on its own."""
 
     def __init__(self, send: Callable[[dict[str, Any]], None]) -> None:
         super().__init__()
         self._send = send
 
-    def stage(self, name: str, total: float) -> None:
-        self._send({"stage": name, "total": total})
-        super().stage(name, total)
+    def stage(self, name: str, total: float, done: float = 0.0) -> None:
+        self._send({"job": "stage", "arguments": [name, total, done]})
+        super().stage(name, total, done)
 
     def advance(self, amount: float = 1.0) -> None:
-        self._send({"advance": amount})
+        self._send({"job": "advance", "arguments": [amount]})
         super().advance(amount)
+
+    def within(self, share: float) -> None:
+        self._send({"job": "within", "arguments": [share]})
+        super().within(share)
 
 
 def serve(work: Callable[[dict[str, Any], Job], dict[str, Any]]) -> None:

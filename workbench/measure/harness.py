@@ -120,7 +120,7 @@ def harness_model(engine: Engine, *, seed: int = 0, job: Job | None = None) -> A
     # all of them.
     longest = engine.context_length - 1
 
-    class HarnessModel(TemplateLM):
+    class HarnessModel(TemplateLM):  # type: ignore[misc]  # the harness has no types, and may not be installed
         """The three requests of the harness, answered one text at a time."""
 
         tokenizer = model.tokenizer

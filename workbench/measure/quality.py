@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 
 from workbench.errors import EngineError, InputError
+from workbench.measure.divergence import TokenQuality, token_quality
 from workbench.measure.statistics import Interval, Verdict, block_bootstrap, verdict
 from workbench.progress import Job
 
@@ -28,25 +29,6 @@ ENOUGH_WINDOWS = 40
 _WORST = 5
 _EXCERPT_CHARACTERS = 160
 _CHUNK = 128  # positions held at once, of both engines
-# Rows of a chunk turned into float64 at once: 16 rows of a vocabulary of 50k stay in a processor's cache.
-_ROWS = 16
-
-
-@dataclass(frozen=True)
-class TokenQuality:
-    """Quality of consecutive tokens; all arrays (n,).
-
-    Attributes:
-        nll_dense: float64, negative natural-log probability of the true token under dense.
-        nll_candidate: float64, the same under the candidate.
-        kl: float64, KL(dense || candidate) over the full vocabulary, nats.
-        agree: bool, both give the highest probability to the same token.
-    """
-
-    nll_dense: np.ndarray
-    nll_candidate: np.ndarray
-    kl: np.ndarray
-    agree: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -178,29 +160,48 @@ def compare_quality(
         InputError: no windows, or one of fewer than 2 tokens.
         EngineError: engines of different vocabularies, or a NaN in the logits (names the window).
     """
+    return compare_many(dense, [candidate], windows, text=text, decode=decode, seed=seed, job=job)[0]
+
+
+def compare_many(
+    dense: Engine,
+    candidates: Sequence[Engine],
+    windows: Sequence[Window],
+    *,
+    text: TextRecord | None = None,
+    decode: Callable[[Sequence[int]], str] | None = None,
+    seed: int = 0,
+    job: Job | None = None,
+) -> list[QualityResult]:
+    """Compare several candidates with one dense pass over the windows; otherwise as ``compare_quality``."""
     if not windows:
         raise InputError("No windows to measure quality on: give a longer text or a smaller window length.")
-    if dense.vocab_size != candidate.vocab_size:
-        raise EngineError(
-            f"Dense predicts {dense.vocab_size} tokens and the candidate {candidate.vocab_size}: compare a compressed "
-            "model with the dense model it was made from."
-        )
+    for candidate in candidates:
+        if dense.vocab_size != candidate.vocab_size:
+            raise EngineError(
+                f"Dense predicts {dense.vocab_size} tokens and the candidate {candidate.vocab_size}: compare a "
+                "compressed model with the dense model it was made from."
+            )
     job = job or Job()
     job.stage("quality", len(windows))
-    rows: list[dict[str, Any]] = []
-    divergences: list[np.ndarray] = []
+    rows: list[list[dict[str, Any]]] = [[] for _ in candidates]
+    divergences: list[list[np.ndarray]] = [[] for _ in candidates]
     for index, window in enumerate(windows):
-        tokens = _compare_window(dense, candidate, window, f"window {index} ({window.document})", job)
-        divergences.append(tokens.kl)
-        rows.append(_window_row(index, window, tokens, decode))
+        found = _compare_window(dense, candidates, window, f"window {index} ({window.document})", job)
+        for side, tokens in enumerate(found):
+            divergences[side].append(tokens.kl)
+            rows[side].append(_window_row(index, window, tokens, decode))
         job.advance()
-    table = pd.DataFrame(rows)
-    divergence = np.concatenate(divergences)
-    few = (
-        f"{len(windows)} windows: too few for a claim (at least {ENOUGH_WINDOWS})."
-        if len(windows) < ENOUGH_WINDOWS
-        else ""
-    )
+    return [
+        _result(pd.DataFrame(rows[side]), np.concatenate(divergences[side]), dense, candidate, text, seed)
+        for side, candidate in enumerate(candidates)
+    ]
+
+
+def _result(
+    table: pd.DataFrame, divergence: np.ndarray, dense: Engine, candidate: Engine, text: TextRecord | None, seed: int
+) -> QualityResult:
+    few = f"{len(table)} windows: too few for a claim (at least {ENOUGH_WINDOWS})."
     return QualityResult(
         windows=table,
         delta_nll=_delta_nll(table, seed),
@@ -213,7 +214,7 @@ def compare_quality(
         candidate=candidate.model.fingerprint,
         text=text,
         seed=seed,
-        note=few,
+        note=few if len(table) < ENOUGH_WINDOWS else "",
     )
 
 
@@ -241,88 +242,58 @@ def compare_candidates(a: QualityResult, b: QualityResult, *, seed: int = 0) -> 
     )
 
 
-def token_quality(dense: np.ndarray, candidate: np.ndarray, targets: np.ndarray) -> TokenQuality:
-    """Compare two sets of next-token distributions.
-
-    Float32 log-probabilities sum to 1 only to some 1e-6, which is more than a small KL: both are normalised again in
-    float64, so that the KL of equal inputs is exactly 0 and a small one is right. With P = sum p and Q = sum q,
-    ``KL = sum (p / P) (log p - log q) - log P + log Q``.
-
-    Args:
-        dense: log-probabilities float32 (n, vocab).
-        candidate: the same of the candidate.
-        targets: int (n,), the true tokens.
-
-    Returns:
-        Per-token values; NaN where a distribution is not one (NaN, or no probability at all).
-    """
-    divergence, total_p, total_q = (np.empty(len(targets)) for _ in range(3))
-    for start in range(0, len(targets), _ROWS):
-        rows = slice(start, start + _ROWS)
-        divergence[rows], total_p[rows], total_q[rows] = _divergence(dense[rows], candidate[rows])
-    pick = targets[:, None]
-    return TokenQuality(
-        nll_dense=np.log(total_p) - np.take_along_axis(dense, pick, axis=1)[:, 0].astype(np.float64),
-        nll_candidate=np.log(total_q) - np.take_along_axis(candidate, pick, axis=1)[:, 0].astype(np.float64),
-        kl=divergence,
-        agree=dense.argmax(axis=1) == candidate.argmax(axis=1),
-    )
-
-
-def _divergence(dense: np.ndarray, candidate: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """KL, sum of p and sum of q for each row, float64 (n,) each."""
-    log_p, log_q = dense.astype(np.float64), candidate.astype(np.float64)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        difference = log_p - log_q
-        p = np.exp(log_p, out=log_p)
-        total_p, total_q = p.sum(axis=1), np.exp(log_q, out=log_q).sum(axis=1)
-        # Tokens that dense rules out (log p = -inf, as for padding of the vocabulary) add nothing, by the limit.
-        if np.isnan(difference).any() or np.isinf(difference).any():
-            difference = np.where(p == 0, 0.0, difference)
-        divergence = np.einsum("nv,nv->n", p, difference) / total_p - np.log(total_p) + np.log(total_q)
-    return divergence, total_p, total_q
-
-
-def _compare_window(dense: Engine, candidate: Engine, window: Window, name: str, job: Job) -> TokenQuality:
+def _compare_window(
+    dense: Engine, candidates: Sequence[Engine], window: Window, name: str, job: Job
+) -> list[TokenQuality]:
+    """Compare every candidate on one window, a chunk of positions at a time."""
     tokens = np.asarray(window.tokens, dtype=np.int64)
     if len(tokens) < 2:
         raise InputError(f"The {name} has {len(tokens)} token: a window needs at least 2.")
-    pieces = []
-    for first, log_p, log_q in _lockstep(dense, candidate, window.tokens, name):
+    pieces: list[list[TokenQuality]] = [[] for _ in candidates]
+    for first, (log_p, *others) in _lockstep([dense, *candidates], window.tokens, name):
         job.check()
         targets = tokens[first + 1 : first + 1 + len(log_p)]
-        piece = token_quality(log_p[: len(targets)], log_q[: len(targets)], targets)
-        if not (np.isfinite(piece.nll_dense).all() and np.isfinite(piece.kl).all()):
-            at = first + int(np.argmin(np.isfinite(piece.nll_dense + piece.kl)))
-            who = "candidate" if np.isfinite(piece.nll_dense).all() else "dense model"
-            raise EngineError(
-                f"The {who}'s logits are not finite in the {name}, position {at}: its weights are damaged, or its "
-                "computation type overflows (try float32)."
-            )
-        pieces.append(piece)
-    joined = (np.concatenate([getattr(piece, field.name) for piece in pieces]) for field in fields(TokenQuality))
-    return TokenQuality(*joined)
+        for side, log_q in enumerate(others):
+            piece = token_quality(log_p[: len(targets)], log_q[: len(targets)], targets)
+            _require_finite(piece, first, name)
+            pieces[side].append(piece)
+    return [_joined(found) for found in pieces]
 
 
-def _lockstep(
-    dense: Engine, candidate: Engine, tokens: Sequence[int], name: str
-) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-    """Yield (first position, dense rows, candidate rows) of the same positions.
+def _require_finite(piece: TokenQuality, first: int, name: str) -> None:
+    if np.isfinite(piece.nll_dense).all() and np.isfinite(piece.kl).all():
+        return
+    at = first + int(np.argmin(np.isfinite(piece.nll_dense + piece.kl)))
+    who = "candidate" if np.isfinite(piece.nll_dense).all() else "dense model"
+    raise EngineError(
+        f"The {who}'s logits are not finite in the {name}, position {at}: its weights are damaged, or its computation "
+        "type overflows (try float32)."
+    )
 
-    An engine whose plan decides once per reply cuts its chunks where the reply begins, so the two may cut differently.
+
+def _joined(pieces: Sequence[TokenQuality]) -> TokenQuality:
+    return TokenQuality(
+        *(np.concatenate([getattr(piece, field.name) for piece in pieces]) for field in fields(TokenQuality))
+    )
+
+
+def _lockstep(engines: Sequence[Engine], tokens: Sequence[int], name: str) -> Iterator[tuple[int, list[np.ndarray]]]:
+    """Yield (first position, rows of each engine) of the same positions.
+
+    An engine whose plan decides once per reply cuts its chunks where the reply begins, so they may cut differently.
     """
-    sources = [engine.log_probabilities(tokens, chunk=_CHUNK) for engine in (dense, candidate)]
-    held: list[np.ndarray] = [np.empty((0, dense.vocab_size), dtype=np.float32)] * 2
+    sources = [engine.log_probabilities(tokens, chunk=_CHUNK) for engine in engines]
+    held = [np.empty((0, engine.vocab_size), dtype=np.float32) for engine in engines]
     position = 0
     while position < len(tokens) - 1:
         for side, source in enumerate(sources):
             if len(held[side]) == 0:
                 first, held[side] = next(source, (-1, held[side]))
                 if first != position or len(held[side]) == 0:
-                    who = ("dense", "candidate")[side]
+                    who = f"candidate {side}" if side else "dense"
                     raise EngineError(f"The {who} engine gave no logits for position {position} of the {name}.")
         count = min(len(rows) for rows in held)
-        yield position, held[0][:count], held[1][:count]
+        yield position, [rows[:count] for rows in held]
         held = [rows[count:] for rows in held]
         position += count
 

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import IO, Any
 
 import workbench.errors as errors
@@ -95,12 +95,10 @@ def _follow(
         if line is None:
             return None
         message = json.loads(line)
-        if "stage" in message:
-            job.stage(message["stage"], message["total"])
-        elif "advance" in message:
-            job.advance(message["advance"])
-        else:
+        if "job" not in message:
             return message
+        changes: dict[str, Callable[..., None]] = {"stage": job.stage, "advance": job.advance, "within": job.within}
+        changes[message["job"]](*message["arguments"])
 
 
 def _pump(process: subprocess.Popen[str], lines: queue.SimpleQueue[str | None]) -> None:

@@ -1,0 +1,210 @@
+"""Benches: one per claim, all rivals in one run, rows with the same keys, one JSON file written whole or not at all.
+
+A bench is a function from a ``BenchContext`` to rows, registered by name in a module of ``measure/benches``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pkgutil
+import uuid
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from workbench.errors import InputError, WorkbenchError, suggest
+from workbench.formats.folder import refusal
+from workbench.measure.environment import check_threads, environment
+from workbench.measure.rows import ROW_KEYS, plain
+from workbench.progress import Job
+
+if TYPE_CHECKING:
+    from workbench.analysis.profile import Analysis, Profile
+
+Rows = list[dict[str, Any]]
+
+
+def _compute(analysis: Analysis, job: Job) -> Profile:
+    from workbench.analysis.profile import run
+
+    return run(analysis, job)
+
+
+@dataclass(frozen=True)
+class BenchContext:
+    """What a bench is asked to do.
+
+    Attributes:
+        model: name or path of the dense model.
+        text: evaluation text; None for the bench's own. With it no other text may appear in the rows.
+        threads: of every engine.
+        quick: end within some five minutes on two cores once fits exist, with the same rows.
+        analyze: how to get an analysis' profile: from a store by default of the command line, else computed.
+        job: progress and cancel.
+    """
+
+    model: str
+    text: str | None
+    threads: int
+    quick: bool = False
+    analyze: Callable[[Analysis, Job], Profile] = _compute
+    job: Job = field(default_factory=Job)
+
+
+@dataclass(frozen=True)
+class Bench:
+    """A registered bench: ``extra_keys`` are those its rows have beside ``ROW_KEYS``."""
+
+    name: str
+    run: Callable[[BenchContext], Rows]
+    extra_keys: tuple[str, ...]
+
+    @property
+    def description(self) -> str:
+        """First line of the function's docstring."""
+        return (self.run.__doc__ or "").strip().partition("\n")[0]
+
+
+_REGISTRY: dict[str, Bench] = {}
+
+
+def bench(
+    name: str, *, extra_keys: Sequence[str] = ()
+) -> Callable[[Callable[[BenchContext], Rows]], Callable[[BenchContext], Rows]]:
+    """Register a function as a bench."""
+
+    def register(function: Callable[[BenchContext], Rows]) -> Callable[[BenchContext], Rows]:
+        if name in _REGISTRY:
+            raise ValueError(f"two benches are called '{name}'")
+        _REGISTRY[name] = Bench(name, function, tuple(extra_keys))
+        return function
+
+    return register
+
+
+def benches() -> Mapping[str, Bench]:
+    """All benches by name."""
+    package = import_module("workbench.measure.benches")
+    for module in pkgutil.iter_modules(package.__path__):
+        import_module(f"{package.__name__}.{module.name}")
+    return dict(sorted(_REGISTRY.items()))
+
+
+def find_bench(name: str) -> Bench:
+    """Return the bench of that name, or raise ``InputError`` with the nearest one."""
+    known = benches()
+    if name not in known:
+        raise InputError(f"There is no bench '{name}': choose {', '.join(known)}." + suggest(name, known))
+    return known[name]
+
+
+def run_bench(
+    name: str,
+    json_path: Path | str | None = None,
+    *,
+    model: str = "smollm2-135m",
+    text: str | None = None,
+    threads: int | None = None,
+    quick: bool = False,
+    analyze: Callable[[Analysis, Job], Profile] | None = None,
+    job: Job | None = None,
+) -> dict[str, Any]:
+    """Run a bench and write ``{"environment": ..., "rows": [...]}``.
+
+    Args:
+        name: of the bench.
+        json_path: file to write, replaced as a whole; None to write none.
+        model, text, threads, quick, analyze, job: see ``BenchContext``.
+
+    Returns:
+        What is written: JSON values, every row with all of ``ROW_KEYS`` (None where nothing is known).
+
+    Raises:
+        InputError, CorpusError: unknown bench, text or threads, before any work.
+        StoreError: the file cannot be written there, said before any work.
+        WorkbenchError: what the bench raises.
+    """
+    chosen = find_bench(name)
+    threads = check_threads(threads)
+    target = None if json_path is None else check_output_file(json_path)
+    text_name = None
+    if text is not None and text != "self" and not text.startswith("hf:"):  # those two take long to open
+        from workbench.corpus import open_text
+
+        text_name = open_text(text, "evaluation").name
+    context = BenchContext(model, text, threads, quick, analyze or _compute, job or Job())
+    rows = complete_rows(chosen, chosen.run(context), text_name)
+    result = plain(
+        {
+            "environment": {**environment(), "bench": name, "model": model, "threads": threads, "quick": quick},
+            "rows": rows,
+        }
+    )
+    if target is not None:
+        write_json(target, result)
+    return result
+
+
+def complete_rows(chosen: Bench, rows: Iterable[Mapping[str, Any]], text_name: str | None) -> Rows:
+    """Give every row all keys, in one order.
+
+    Args:
+        chosen: the bench.
+        rows: what it returned.
+        text_name: the only text that may appear in the rows, None for any.
+
+    Raises:
+        WorkbenchError: a row with a key that neither all benches nor this one has, or with another text.
+    """
+    known = (*ROW_KEYS, *chosen.extra_keys)
+    complete = []
+    for given in rows:
+        unknown = sorted(set(given) - set(known))
+        if unknown:
+            raise WorkbenchError(f"The bench '{chosen.name}' gave a row the unknown key '{unknown[0]}'.")
+        complete.append({key: given.get(key) for key in known})
+        if text_name is not None and given.get("text") not in (None, text_name):
+            raise WorkbenchError(
+                f"The bench '{chosen.name}' was asked for the text '{text_name}' and used '{given['text']}'."
+            )
+    return complete
+
+
+def check_output_file(path: Path | str) -> Path:
+    """Return the absolute path if a file can be written there; call it before long work. Leaves nothing behind.
+
+    Raises:
+        InputError: a folder is there.
+        StoreError: no permission, a read-only disk, or a folder that cannot be made.
+    """
+    target = Path(path).expanduser().absolute()
+    if target.is_dir():
+        raise InputError(f"{target} is a folder: give the name of a file in it.")
+    parent = next(folder for folder in target.parents if folder.exists())
+    probe = parent / f".{uuid.uuid4().hex}"
+    try:
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise refusal(target, error) from error
+    return target
+
+
+def write_json(target: Path, value: Any) -> None:
+    """Write JSON to a temporary sibling, flush it, and rename it: readers see the old file or the new one."""
+    temporary = target.parent / f".{target.name}.{uuid.uuid4().hex}"
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "w", encoding="utf-8") as file:
+            json.dump(value, file, indent=1, ensure_ascii=False, allow_nan=False)
+            file.write("\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, target)
+    except OSError as error:
+        raise refusal(target, error) from error
+    finally:
+        temporary.unlink(missing_ok=True)
