@@ -61,9 +61,9 @@ class TaskResult:
 class Flips:
     """How a candidate's answers differ from dense on the same questions.
 
-    Equal accuracy can hide many changed answers: ``changed`` counts every question answered differently, ``lost``
-    those that were right before, ``gained`` those that are right now. ``difference`` is candidate - dense of the
-    accuracy, with its interval over questions.
+    Equal accuracy can hide many changed answers: ``changed`` counts every question answered differently (by the
+    scores per byte), ``lost`` those that were right before, ``gained`` those that are right now. ``difference`` is
+    candidate - dense of ``accuracy_per_byte``, with its interval over questions.
     """
 
     changed: int
@@ -113,15 +113,15 @@ def multiple_choice(engine: Engine, questions: Sequence[Question], *, job: Job |
 
 
 def paired(dense: TaskResult, candidate: TaskResult, *, seed: int = 0) -> Flips:
-    """Compare answers (unnormalised scores) question by question.
+    """Compare answers question by question, by the scores per byte.
 
     Raises:
         InputError: the results are not of the same questions.
     """
     if list(dense.table["question"]) != list(candidate.table["question"]):
         raise InputError("These two results are on different questions: ask both engines the same ones.")
-    before, after = dense.table["correct"].to_numpy(), candidate.table["correct"].to_numpy()
-    changed = dense.table["picked"].to_numpy() != candidate.table["picked"].to_numpy()
+    before, after = (side.table["correct_per_byte"].to_numpy() for side in (dense, candidate))
+    changed = dense.table["picked_per_byte"].to_numpy() != candidate.table["picked_per_byte"].to_numpy()
     return Flips(
         changed=int(changed.sum()),
         gained=int((after & ~before).sum()),
