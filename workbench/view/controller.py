@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from workbench.apply.recipe import Solution
+from workbench.apply.recipe import Recipe, Solution
 from workbench.errors import Cancelled, InputError, RecipeError, WorkbenchError
 from workbench.models import Architecture, LoadedModel, load
 from workbench.progress import Job, JobState
@@ -48,7 +48,7 @@ class State:
         budget: effective bits asked for.
         budget_range: smallest and largest effective bits that the widths and pins allow; None before the analysis.
         pinned: unit id to the bits that the user fixed.
-        solution: bits of every unit under the budget; None before the analysis, or where no choice meets it.
+        recipe: the widths of every unit under the budget; None before the analysis, or where no choice meets it.
         trial: the last run's result; it stays while another choice is made, and says which bits it was for.
     """
 
@@ -63,8 +63,13 @@ class State:
     look: Look | None = None
     budget_range: tuple[float, float] | None = None
     pinned: Mapping[str, int] = field(default_factory=dict)
-    solution: Solution | None = None
+    recipe: Recipe | None = None
     trial: Trial | None = None
+
+    @property
+    def solution(self) -> Solution | None:
+        """The solver's record of the recipe."""
+        return self.recipe.solution if self.recipe is not None else None
 
 
 Listener = Callable[[State], None]
@@ -95,6 +100,7 @@ class Controller:
         self._out = out
         self._dense: LoadedModel | None = None
         self._job = Job()
+        self._work: Future[Any] | None = None
         self._told = 0.0
         self._lock = threading.RLock()
         self._listeners: list[Listener] = []
@@ -139,8 +145,8 @@ class Controller:
         try:
             if self._state.architecture is not None:
                 self._state.architecture.unit(unit)
-            if bits is not None and bits not in self.settings.widths:
-                allowed = ", ".join(map(str, self.settings.widths))
+            if bits is not None and bits not in self.settings.looking.widths:
+                allowed = ", ".join(map(str, self.settings.looking.widths))
                 raise RecipeError(f"{unit} cannot have {bits} bits: choose one of {allowed}.")
         except WorkbenchError as error:
             self._change(error=str(error))
@@ -160,6 +166,12 @@ class Controller:
         if self._state.busy:
             self._job.cancel()
             self._change(cancelling=True, message=f"{self._state.busy}: cancelling.")
+
+    def wait(self) -> State:
+        """Block until nothing is under way, and return the state. What the work raised, if anything, is raised here."""
+        if self._work is not None:
+            self._work.result()
+        return self._state
 
     def close(self) -> None:
         """Cancel what runs, and free the model and the worker."""
@@ -185,12 +197,12 @@ class Controller:
         Raises:
             InputError: something else is under way, or there is nothing solved yet.
         """
-        solution = self._state.solution
-        if solution is None:
+        recipe = self._state.recipe
+        if recipe is None:
             raise InputError(
                 "There are no bits to run with yet: analyse the model, and choose a budget that is possible."
             )
-        return self._start("Running", lambda: self._run(solution))
+        return self._start("Running", lambda: self._run(recipe))
 
     def _start(self, name: str, work: Callable[[], T]) -> Future[T]:
         with self._lock:
@@ -198,7 +210,9 @@ class Controller:
                 raise InputError(f"{self._state.busy} is still under way: wait for it, or cancel it first.")
             self._job = Job(self._tell)
             self._change(busy=name, cancelling=False, progress=None, error="", message=f"{name} ...")
-        return self._worker.submit(self._guarded, name, work)
+            future = self._worker.submit(self._guarded, name, work)
+            self._work = future
+        return future
 
     def _guarded(self, name: str, work: Callable[[], T]) -> T:
         """Run ``work``; what it raises becomes one line of the state, and stays in its future."""
@@ -239,35 +253,13 @@ class Controller:
         self._change(architecture=model.architecture)
         seen = loop.look(model, self.settings, self._store, self._job)
         self._change(look=seen)
-        low, high = loop.possible_bits(seen.damage, self._state.pinned)
+        low, high = seen.possible_bits(self._state.pinned)
         budget = min(max(self._state.budget, low), high)
         self._change(budget=budget, **self._solved(budget, self._state.pinned))
         return seen
 
-    def _run(self, solution: Solution) -> Trial:
-        job, model = self._job, self._model()
-        recipe = loop.recipe_of(model, solution, self.settings)
-        compressed = loop.apply_recipe(model, recipe, self.folder, job)
-        generations, quality = loop.compare_outputs(model, compressed, recipe, self.settings, job)
-        bits, output_bits = compressed.effective_bits, compressed.output_bits
-        weight_bytes, dense_bytes = compressed.weight_bytes, model.dense_bytes
-        # The timing process loads both models itself: a third copy here would only take its memory.
-        source = model.source
-        self._dense = None
-        del model, compressed
-        latency = loop.measure_latency(source, self.folder, self.settings, job)
-        trial = Trial(
-            recipe=recipe,
-            folder=self.folder,
-            effective_bits=bits,
-            output_bits=output_bits,
-            weight_bytes=weight_bytes,
-            dense_bytes=dense_bytes,
-            generations=generations,
-            latency=latency,
-            quality=quality,
-            environment=latency.environment,
-        )
+    def _run(self, recipe: Recipe) -> Trial:
+        trial = loop.try_recipe(self._model(), recipe, self.folder, self.settings, self._store, self._job)
         self._change(trial=trial)
         return trial
 
@@ -286,9 +278,9 @@ class Controller:
         seen = self._state.look
         if seen is None:
             return {"error": ""}
-        limits = loop.possible_bits(seen.damage, pinned)
+        limits = seen.possible_bits(pinned)
         try:
-            solution = loop.solve_look(seen, budget, pinned)
+            recipe = loop.solve(seen, budget, pinned, self.settings)
         except WorkbenchError as error:
-            return {"solution": None, "budget_range": limits, "error": str(error)}
-        return {"solution": solution, "budget_range": limits, "error": ""}
+            return {"recipe": None, "budget_range": limits, "error": str(error)}
+        return {"recipe": recipe, "budget_range": limits, "error": ""}

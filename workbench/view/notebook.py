@@ -17,7 +17,7 @@ from workbench.store import Store
 from workbench.view import panels, plots
 from workbench.view.controller import Controller, State
 from workbench.view.heatmap import StepGrid, grid_figure, step_grid
-from workbench.view.loop import DAMAGE, Settings
+from workbench.view.loop import Settings
 from workbench.view.style import TEMPLATE
 
 try:
@@ -124,9 +124,10 @@ class SensitivityWorkbench(widgets.VBox):  # type: ignore[misc]
         ]
 
     def _make_look(self) -> None:
+        widths = self.controller.settings.looking.widths
         self._bits = widgets.ToggleButtons(
-            options=self.controller.settings.widths,
-            value=3 if 3 in self.controller.settings.widths else self.controller.settings.widths[0],
+            options=widths,
+            value=3 if 3 in widths else widths[0],
             description="Map at bits",
             tooltip="Width that the heat map and the rankings show",
             style={"button_width": "46px", "description_width": "initial"},
@@ -176,7 +177,10 @@ class SensitivityWorkbench(widgets.VBox):  # type: ignore[misc]
         )
         self._unit.add_class("wb-unit")
         self._unit_bits = widgets.Dropdown(
-            options=[("the solver decides", None), *((f"{b} bits", b) for b in self.controller.settings.widths)],
+            options=[
+                ("the solver decides", None),
+                *((f"{b} bits", b) for b in self.controller.settings.looking.widths),
+            ],
             description="Its bits",
             tooltip="Pin this unit to a width",
             layout={"width": "260px"},
@@ -249,13 +253,13 @@ class SensitivityWorkbench(widgets.VBox):  # type: ignore[misc]
             self._budget.value = state.budget
         if state.pinned != before.pinned:
             self._show_pin()
-        if state.solution is not before.solution or state.budget_range != before.budget_range:
+        if state.recipe is not before.recipe or state.budget_range != before.budget_range:
             self._predicted.value = panels.prediction(state)
-        if state.solution is not before.solution or state.trial is not before.trial:
+        if state.recipe is not before.recipe or state.trial is not before.trial:
             self._draw_choice(state)
         if state.trial is not before.trial and state.trial is not None:
             self._measured.value = panels.measured(state.trial)
-            self._latency.show(plots.latency_comparison(state.trial.latency))
+            self._latency.show(plots.latency_comparison(state.trial.found.latency))
             self._texts.value = panels.side_by_side(state.trial.generations)
 
     def _draw_look(self) -> None:
@@ -281,8 +285,8 @@ class SensitivityWorkbench(widgets.VBox):  # type: ignore[misc]
             f"Linears by relative error over steps, {bits} bits",
         )
         self._units.value = panels.ranking(
-            rank_units(seen.damage, bits, DAMAGE),
-            {"unit": "unit", DAMAGE: "Fisher score (nats per token)", "share": "share"},
+            rank_units(seen.units.table, bits, seen.damage),
+            {"unit": "unit", seen.damage: f"{seen.damage} (nats per token)", "share": "share"},
             f"Units by predicted damage, {bits} bits",
         )
 
@@ -291,13 +295,15 @@ class SensitivityWorkbench(widgets.VBox):  # type: ignore[misc]
         if state.look is None or state.solution is None:
             return
         found, trial = state.solution, state.trial
-        self._grid_picture.show(plots.damage_by_unit(state.look.damage, found.unit_bits, pinned=list(state.pinned)))
+        self._grid_picture.show(
+            plots.damage_by_unit(state.look.units.table, found.unit_bits, pinned=list(state.pinned))
+        )
         self._pareto.show(
             plots.pareto(
                 state.look.trade_off,
                 chosen={"effective_bits": found.achieved_bits, "damage": found.predicted_damage},
                 measured=trial.point if trial is not None else None,
-                note=f"predicted: Fisher score on {state.look.score_tokens} tokens",
+                note=f"predicted: {state.look.damage} on {state.look.score_tokens} tokens",
             )
         )
 

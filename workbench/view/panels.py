@@ -109,14 +109,18 @@ def ranking(table: pd.DataFrame, columns: dict[str, str], caption: str, top: int
 
 def measured(trial: Trial) -> str:
     """What was measured: speed in plain words, then dense beside compressed."""
-    dense, compressed = trial.latency.baseline, trial.latency.candidate
-    quality = trial.quality
-    kl = quality.kl_mean
+    found = trial.found
+    dense, compressed, quality, kl = (
+        found.latency.baseline,
+        found.latency.candidate,
+        found.quality,
+        found.quality.kl_mean,
+    )
     rows = [
         ("time per token, median", f"{dense.ms_per_token:.1f} ms", f"{compressed.ms_per_token:.1f} ms"),
         ("time per token, 95th percentile", f"{dense.p95_ms:.1f} ms", f"{compressed.p95_ms:.1f} ms"),
-        ("weights on disk", megabytes(trial.dense_bytes), megabytes(trial.weight_bytes)),
-        ("effective bits of the units", "16", f"{trial.effective_bits:.3f}"),
+        ("weights on disk", megabytes(found.dense_sizes.weight_bytes), megabytes(found.sizes.weight_bytes)),
+        ("effective bits of the units", f"{found.dense_sizes.effective_bits:g}", f"{found.sizes.effective_bits:.3f}"),
         ("perplexity", f"{quality.perplexity_dense:.2f}", f"{quality.perplexity_candidate:.2f}"),
         ("KL to dense, nats per token", "0", f"{kl.value:.4f} (95 % interval {kl.low:.4f} to {kl.high:.4f})"),
         ("same most probable token", "100 %", f"{100 * quality.top1_agreement:.1f} %"),
@@ -125,14 +129,15 @@ def measured(trial: Trial) -> str:
         f'<tr><th scope="row">{escape(name)}</th><td>{escape(a)}</td><td>{escape(b)}</td></tr>' for name, a, b in rows
     )
     notes = [
-        f"Speed: {trial.latency.pairs} interleaved pairs of {trial.latency.new_tokens} tokens, "
-        f"{trial.latency.threads} threads, engine {compressed.engine}. {trial.latency.note}",
-        f"Quality: {quality.n_tokens} tokens in {quality.n_windows} windows of evaluation text. {quality.note}",
-        f"Written to {trial.folder}.",
+        f"Speed: {found.latency.pairs} interleaved pairs of {found.latency.new_tokens} tokens, "
+        f"{found.latency.threads} threads, engine {compressed.engine}.",
+        f"Quality: {quality.n_tokens} tokens in {quality.n_windows} windows of evaluation text.",
+        *found.notes,
+        f"Written to {trial.folder}; run {trial.run} of the store.",
     ]
+    smaller = found.dense_sizes.weight_bytes / found.sizes.weight_bytes
     return panel(
-        f"<p><b>{escape(speed_sentence(trial.latency))}.</b> "
-        f"{trial.dense_bytes / trial.weight_bytes:.2f}x smaller on disk.</p>"
+        f"<p><b>{escape(speed_sentence(found.latency))}.</b> {smaller:.2f}x smaller on disk.</p>"
         '<table><caption>Measured, dense beside compressed</caption><thead><tr><th scope="col"></th>'
         f'<th scope="col">dense</th><th scope="col">compressed</th></tr></thead><tbody>{body}</tbody></table>'
         + "".join(f'<div class="wb-note">{escape(note.strip())}</div>' for note in notes)
