@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import Browser, ConsoleMessage, Page, sync_playwright
+from playwright.sync_api import Browser, ConsoleMessage, Page, expect, sync_playwright
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -35,6 +35,9 @@ CHROMIUM_ARGS = [
     "--disable-sync",
     "--no-first-run",
 ]
+
+# Long enough for a busy machine; a passing test never waits for it.
+expect.set_options(timeout=20_000)
 
 _left_out: list[str] = []
 
@@ -58,9 +61,9 @@ def chromium_path() -> str:
     """Path of a Chromium that starts. Without one the test is left out, or fails in CI."""
     found: str | None = _chromium["find_chromium"]()
     if found is None:
-        message = f"No Chromium on this machine. {_chromium['HOW_TO_GET']}"
+        message = "No Chromium on this machine."
         if in_ci():
-            pytest.fail(message)
+            pytest.fail(f"{message} {_chromium['HOW_TO_GET']}")
         _left_out.append(message)
         pytest.skip(message)
     return found
@@ -199,7 +202,7 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Say loudly, right before the last line, that browser tests were left out and what would bring them back."""
+    """Say loudly, right before the summary, that browser tests were left out and what would bring them back."""
     if _left_out:
         terminalreporter.section("LEFT OUT: the browser tests did not run", sep="!", red=True, bold=True)
-        terminalreporter.line(_left_out[0])
+        terminalreporter.line(f"{_left_out[0]} {_chromium['HOW_TO_GET']}")

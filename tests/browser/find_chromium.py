@@ -76,7 +76,9 @@ def _try(command: Sequence[str], environment: dict[str, str]) -> None:
 
 def main(arguments: Sequence[str]) -> int:
     """Print the path. Without a browser: say how to get one and return 0, because the tests decide what it means."""
-    found = find_chromium() or (install_chromium() if "--install" in arguments else None)
+    found = find_chromium()
+    if found is None and "--install" in arguments and "CHROMIUM" not in os.environ:
+        found = install_chromium()
     if found is None:
         sys.stderr.write(f"chromium: none found, the browser tests will be left out. {HOW_TO_GET}\n")
         return 0

@@ -62,17 +62,17 @@ class Dashboard:
         self._runs = view.RunsController(store)
         self._shown: int | None = None
         self._model = pn.widgets.Select(
-            name="Model", options={"All models": ALL_MODELS}, width=260, margin=(0, 16, 0, 0)
+            label="Model", options={"All models": ALL_MODELS}, width=260, margin=(0, 16, 0, 0)
         )
-        self._run = pn.widgets.Select(name="Run", options={}, width=620, margin=(0, 16, 0, 0))
+        self._run = pn.widgets.Select(label="Run", options={}, width=620, margin=(0, 16, 0, 0))
         self._refresh = pn.widgets.Button(
-            name="Refresh", button_type="primary", button_style="outline", width=110, margin=0, align="end"
+            label="Refresh", color="primary", variant="outline", width=110, margin=0, align="end"
         )
         self._recipe = pn.widgets.FileDownload(
             callback=self._recipe_file,
             filename="recipe.json",
             label="Download recipe (JSON)",
-            button_type="primary",
+            color="primary",
             width=230,
             margin=(10, 0, 0, 0),
         )
@@ -109,8 +109,7 @@ class Dashboard:
         template.add_panel("controls", pn.Row(self._model, self._run, self._refresh, sizing_mode="stretch_width"))
         template.add_panel("notice", self._notice)
         template.add_panel("content", pn.Column(self._empty, self._details, sizing_mode="stretch_width"))
-        # Once the page is open, not before: a page that was fetched and never connected must not keep reading.
-        pn.state.onload(self._keep_looking)
+        pn.state.add_periodic_callback(self.update, period=REFRESH_S * 1000)
         return template
 
     def update(self) -> None:
@@ -125,9 +124,6 @@ class Dashboard:
         if changed or self._shown is None:
             self._show(self._shown)
 
-    def _keep_looking(self) -> None:
-        pn.state.add_periodic_callback(self.update, period=REFRESH_S * 1000)
-
     def _on_model(self, event: Any) -> None:
         self._runs.model = event.new or None
         self._show(self._shown)
@@ -139,7 +135,8 @@ class Dashboard:
     def _on_click(self, event: Any) -> None:
         points = (event.new or {}).get("points") or [{}]
         number = points[0].get("customdata")
-        if number in {run.id for run in self._runs.runs}:
+        # It comes from the browser, so that it may be anything.
+        if isinstance(number, int) and any(run.id == number for run in self._runs.runs):
             self._show(number)
 
     def _show(self, wanted: int | None) -> None:
@@ -200,7 +197,9 @@ def serve(
     """
     origins = _origins(address, port)
     # Once, and here: a library that configures Panel on import would change the notebook that imports it.
-    pn.extension("plotly", disconnect_notification="Connection lost. Is the server still running?")
+    pn.extension("plotly")
+    # The first figure of a process costs seconds of imports: better now than in front of the first reader.
+    view.pareto_of_runs(view.table([]))
     try:
         server = pn.io.server.get_server(
             {"/": lambda: _page(store)},
