@@ -30,8 +30,8 @@ def test_better_and_worse_are_said_only_beyond_the_interval(ends: list[float]) -
     latency = view.cards(run(latency_ratio=ratio, latency_ratio_low=low, latency_ratio_high=high))[0]
     expected = "better" if high < 1 else "worse" if low > 1 else "same"
     assert latency.tone == expected
-    assert ("faster" in latency.headline) == (expected == "better")
-    assert ("slower" in latency.headline) == (expected == "worse")
+    assert ("less time" in latency.headline) == (expected == "better")
+    assert ("more time" in latency.headline) == (expected == "worse")
     assert f"{low:.3f} to {high:.3f}" in latency.interval
 
 

@@ -72,7 +72,7 @@ class Dashboard:
             callback=self._recipe_file,
             filename="recipe.json",
             label="Download recipe (JSON)",
-            color="primary",
+            stylesheets=[".bk-btn { background: #fff; border: 1px solid #0072b2; }"],
             width=230,
             margin=(10, 0, 0, 0),
         )
@@ -152,7 +152,7 @@ class Dashboard:
             if run is None:
                 return
             everything = view.table(self._runs.runs)
-            self._summary.object = _part("summary", run, view.moment(run.created_at), view.cards(run))
+            self._summary.object = _part("summary", run, view.moment(run.created_at), view.cards(run), view.notes(run))
             self._pareto.object = view.pareto_of_runs(everything, run.id)
             self._table.object = _part("table", [_line(each) for each in everything.itertuples()], run.id)
             self._environment.object = _part("environment", view.environment_facts(run), run.recipe_sha256)

@@ -133,7 +133,9 @@ def cards(run: Run) -> list[Card]:
 def _latency_card(run: Run) -> Card:
     ratio, low, high = (number(run.summary.get(f"latency_ratio{end}")) for end in ("", "_low", "_high"))
     dense, compressed = row(run, "dense"), row(run, "compressed")
-    headline, tone, interval = _verdict(ratio, low, high, better="faster", worse="slower", quantity="Time per token")
+    headline, tone, interval = _verdict(
+        ratio, low, high, better="less time per token", worse="more time per token", quantity="Time per token"
+    )
     facts = [
         ("Time per token", _pair(dense, compressed, "ms_per_token", "{:.2f} ms")),
         ("95th percentile", _pair(dense, compressed, "ms_p95", "{:.2f} ms")),
@@ -354,6 +356,12 @@ def recipe_json(run: Run) -> str | None:
     """The run's recipe as JSON text, or None where it recorded none."""
     recipe = run.summary.get("recipe")
     return json.dumps(recipe, indent=2, ensure_ascii=False) + "\n" if isinstance(recipe, Mapping) else None
+
+
+def notes(run: Run) -> list[str]:
+    """What the measurement itself says about its limits."""
+    found = run.summary.get("notes")
+    return [str(note) for note in found] if isinstance(found, list | tuple) else []
 
 
 def environment_facts(run: Run) -> list[tuple[str, str]]:
