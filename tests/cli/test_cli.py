@@ -1,0 +1,271 @@
+"""The command line as people and scripts use it: the loop on a tiny model, and every mistake in one line."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+
+from workbench.cli import main
+from workbench.models import LoadedModel
+from workbench.models.build import save_tokenizer
+from workbench.store import Store
+
+
+@pytest.fixture(scope="module")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory, make_model: Callable[..., LoadedModel]) -> Path:
+    """A tiny Llama as a safetensors folder."""
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    model = make_model("llama")
+    model.module.save_pretrained(folder)
+    save_tokenizer(model.tokenizer, folder)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("WORKBENCH_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("COLUMNS", "200")
+    return tmp_path / "home"
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    """A text of one's own, long enough for some windows."""
+    path = tmp_path / "mine.txt"
+    path.write_text("The quick brown fox jumps over the lazy dog and goes home again. " * 120)
+    return path
+
+
+class Outcome:
+    """What one command printed and how it ended."""
+
+    def __init__(self, code: int, out: str, err: str) -> None:
+        self.code, self.out, self.err = code, out, err
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.out)
+
+
+@pytest.fixture
+def workbench(capsys: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
+    """Run a command in this process."""
+
+    def run(*words: object) -> Outcome:
+        capsys.readouterr()
+        try:
+            main([str(word) for word in words])
+            code = 0
+        except SystemExit as stop:
+            code = stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 1
+        printed = capsys.readouterr()
+        return Outcome(code, printed.out, printed.err)
+
+    return run
+
+
+SMALL = ("--prompts", "1", "--new-tokens", "8", "--windows", "2", "--group-size", "16")
+
+
+def test_the_loop(workbench: Callable[..., Outcome], tiny_folder: Path, text: Path, tmp_path: Path) -> None:
+    """Look, solve, compress, generate, measure and report, each step from the files of the one before."""
+    profile, recipe, folder = tmp_path / "units.parquet", tmp_path / "recipe.json", tmp_path / "small"
+    seen = workbench("analyze", "sensitivity", tiny_folder, "--out", profile, "--kl", "--json", *SMALL)
+    assert seen.code == 0, seen.err
+    assert seen.json["damage"] == "kl"
+    assert len(seen.json["units"]) == 12
+    assert not seen.json["cached"]
+    assert workbench("analyze", "sensitivity", tiny_folder, "--kl", "--json", *SMALL).json["cached"]
+
+    solved = workbench("solve", profile, "--bits", "5.5", "--pin", "blocks.0.down=8", "--out", recipe, "--json")
+    assert solved.code == 0, solved.err
+    assert solved.json["achieved_bits"] <= 5.5
+    assert solved.json["unit_bits"]["blocks.0.down"] == 8
+    assert solved.json["damage"]["column"] == "kl"
+
+    made = workbench("compress", tiny_folder, "--recipe", recipe, "--out", folder, "--json")
+    assert made.code == 0, made.err
+    assert made.json["effective_bits"] == pytest.approx(solved.json["achieved_bits"])
+    again = workbench("compress", tiny_folder, "--recipe", recipe, "--out", tmp_path / "twice", "--json")
+    assert again.json["sha256"] == made.json["sha256"]
+    assert (folder / "weights.safetensors").read_bytes() == (tmp_path / "twice/weights.safetensors").read_bytes()
+
+    replies = [workbench("generate", folder, "Hello", "--new-tokens", "6", "--json").json["tokens"] for _ in range(2)]
+    assert replies[0] == replies[1]
+
+    sizes = ("--windows", "4", "--window-length", "48", "--pairs", "2", "--threads", "1")
+    measured = workbench("measure", folder, "--text", text, "--out", tmp_path / "m.json", "--json", *sizes)
+    assert measured.code == 0, measured.err
+    dense, compressed = measured.json["rows"]
+    assert compressed["kl_mean"] > dense["kl_mean"] == 0
+    assert compressed["text"] == dense["text"] == "mine.txt"
+    assert compressed["ms_per_token"] > 0
+    assert json.loads((tmp_path / "m.json").read_text())["rows"] == measured.json["rows"]
+
+    page = tmp_path / "report.html"
+    assert workbench("report", measured.json["run"], "--out", page).code == 0
+    assert "blocks.0.down" in page.read_text() or "Bits of each unit" in page.read_text()
+    listed = workbench("store", "runs", "--json")
+    assert [run["id"] for run in listed.json] == [measured.json["run"]]
+    assert workbench("store", "verify").code == 0
+
+
+def test_tables_for_people(workbench: Callable[..., Outcome], tiny_folder: Path, text: Path, tmp_path: Path) -> None:
+    seen = workbench("analyze", "sensitivity", tiny_folder, "--text", text, "--out", tmp_path / "u.csv", *SMALL)
+    assert seen.code == 0, seen.err
+    assert "worst first" in seen.out
+    assert "blocks.2." in seen.out
+    assert set(pd.read_csv(tmp_path / "u.csv").columns) >= {"unit", "bits", "fisher", "gradient", "stored_bits"}
+    solved = workbench("solve", tiny_folder, "--bits", "7", "--out", tmp_path / "r.json")
+    assert solved.code == 0, solved.err
+    assert "Achieved" in solved.out
+    assert workbench("doctor").code == 0
+    assert workbench("store", "info").code == 0
+    assert workbench("store", "gc", "--dry-run").code == 0
+    assert workbench("bench", "list").code == 0
+
+
+def test_text_that_was_solved_on_cannot_judge(
+    workbench: Callable[..., Outcome], tiny_folder: Path, text: Path, tmp_path: Path
+) -> None:
+    profile, recipe = tmp_path / "u.parquet", tmp_path / "r.json"
+    workbench("analyze", "sensitivity", tiny_folder, "--text", text, "--out", profile, *SMALL)
+    workbench("solve", profile, "--bits", "6", "--out", recipe)
+    workbench("compress", tiny_folder, "--recipe", recipe, "--out", tmp_path / "small")
+    judged = workbench("measure", tmp_path / "small", "--text", text)
+    assert judged.code == 2
+    assert "mine" in judged.err
+
+
+def one_line(outcome: Outcome) -> str:
+    """The error, which must be one line without a traceback; stages of progress end in dots."""
+    lines = [line for line in outcome.err.splitlines() if line.strip() and not line.endswith(" ...")]
+    assert "Traceback" not in outcome.err
+    assert len(lines) == 1, outcome.err
+    assert lines[0].startswith("Error: ")
+    return lines[0]
+
+
+def recipe_for(tmp_path: Path, **changes: Any) -> Path:
+    method = {"method": "rtn", "bits": 4, "group_size": 16, **changes}
+    path = tmp_path / "recipe.json"
+    path.write_text(json.dumps({"schema_version": 1, "model": "any", "methods": [method]}))
+    return path
+
+
+def test_every_mistake_is_one_line_with_what_to_do(
+    workbench: Callable[..., Outcome], tiny_folder: Path, tmp_path: Path, home: Path
+) -> None:
+    empty, tiny, pickled, binary = (tmp_path / n for n in ("empty.txt", "tiny.txt", "model.bin", "cut.gguf"))
+    empty.write_text("")
+    tiny.write_text("Too short.")
+    pickled.write_bytes(b"\x80\x04.")
+    binary.write_bytes(b"GGUF\x03\x00\x00\x00\x05\x00\x00\x00")
+    (tmp_path / "file").write_text("in the way")
+    good = recipe_for(tmp_path)
+    cases: list[tuple[int, str, tuple[object, ...]]] = [
+        (3, "Did you mean 'smollm2-135m'", ("compress", "smollm2-135", "--recipe", good, "--out", tmp_path / "o")),
+        (3, "safetensors", ("analyze", "sensitivity", pickled)),
+        (3, "GGUF", ("analyze", "sensitivity", binary)),
+        (2, "empty", ("analyze", "sensitivity", tiny_folder, "--text", empty)),
+        (2, "tokens", ("analyze", "sensitivity", tiny_folder, "--text", tiny)),
+        (2, "There is no", ("analyze", "sensitivity", tiny_folder, "--text", "proze")),
+        (2, "2 to 8", ("analyze", "sensitivity", tiny_folder, "--widths", "1,4")),
+        (2, "list of whole numbers", ("analyze", "sensitivity", tiny_folder, "--widths", "4,x")),
+        (2, "not among", ("analyze", "sensitivity", tiny_folder, "--widths", "2,3")),
+        (2, ".parquet", ("analyze", "sensitivity", tiny_folder, "--out", tmp_path / "u.txt")),
+        (4, "choose another folder", ("analyze", "sensitivity", tiny_folder, "--out", "/proc/none/u.csv")),
+        (2, "one budget", ("solve", tiny_folder, "--out", tmp_path / "r.json")),
+        (2, "UNIT=BITS", ("solve", tiny_folder, "--bits", "4", "--pin", "blocks.0.down")),
+        (2, "No profile", ("solve", tmp_path / "none.parquet", "--bits", "4")),
+        (2, "Cannot read", ("compress", tiny_folder, "--recipe", tmp_path / "none.json", "--out", tmp_path / "o")),
+        (2, "file", ("compress", tiny_folder, "--recipe", good, "--out", tmp_path / "file")),
+        (4, "choose another", ("compress", tiny_folder, "--recipe", good, "--out", "/proc/none")),
+        (2, "not a compressed model", ("measure", tiny_folder)),
+        (2, "empty", ("generate", tiny_folder, " ")),
+        (2, "temperature", ("generate", tiny_folder, "Hi", "--top-p", "0")),
+        (5, "No engine 'gpu'", ("generate", tiny_folder, "Hi", "--engine", "gpu")),
+        (2, "Did you mean 'recipes'", ("bench", "recipe")),
+        (4, "choose another", ("demo", "--out", "/proc/none")),
+        (2, "file", ("demo", "--out", tmp_path / "file")),
+        (2, "demo", ("store", "runs", "--kind", "demos")),
+        (2, "99", ("report", "99", "--out", tmp_path / "r.html")),
+    ]
+    for code, words, arguments in cases:
+        started = time.monotonic()
+        outcome = workbench(*arguments)
+        line = one_line(outcome)
+        assert words in line, (arguments, line)
+        assert outcome.code == code, (arguments, line)
+        assert time.monotonic() - started < 30
+    with Store() as store:
+        assert store.verify() == []
+    assert not (tmp_path / "o").exists()
+
+
+def test_impossible_budgets_and_unknown_units_say_what_is_possible(
+    workbench: Callable[..., Outcome], tiny_folder: Path, tmp_path: Path
+) -> None:
+    profile = tmp_path / "u.parquet"
+    workbench("analyze", "sensitivity", tiny_folder, "--out", profile, *SMALL)
+    low = workbench("solve", profile, "--bits", "1.5", "--out", tmp_path / "r.json")
+    assert low.code == 2
+    assert "possible are" in one_line(low)
+    unit = workbench("solve", profile, "--bits", "5", "--pin", "blocks.0.dwn=4")
+    assert "Did you mean 'blocks.0.down'" in one_line(unit)
+    unknown = workbench(
+        "compress",
+        tiny_folder,
+        "--recipe",
+        recipe_for(tmp_path, unit_bits={"blocks.9.qkv": 3}),
+        "--out",
+        tmp_path / "o",
+    )
+    assert unknown.code == 2
+    assert "blocks.9.qkv" in one_line(unknown)
+    assert not (tmp_path / "r.json").exists()
+    assert not (tmp_path / "o").exists()
+
+
+def test_debug_shows_the_traceback(workbench: Callable[..., Outcome], tmp_path: Path) -> None:
+    with pytest.raises(Exception, match="No profile"):
+        main(["solve", str(tmp_path / "none.parquet"), "--bits", "4", "--debug"])
+
+
+def test_wrong_usage_exits_with_2(workbench: Callable[..., Outcome]) -> None:
+    assert workbench("analyze", "sensitvity", "x").code == 2
+    assert workbench("nonsense").code == 2
+    assert workbench("demo").code == 2
+
+
+def test_interrupt_cancels_cleanly_and_the_same_call_resumes(tiny_folder: Path, home: Path, tmp_path: Path) -> None:
+    """Ctrl-C in the middle of an analysis: exit 130, one line, an intact store; then the same call finishes."""
+    words = [sys.executable, "-m", "workbench", "analyze", "sensitivity", str(tiny_folder), "--kl"]
+    words += ["--windows", "40", "--prompts", "8", "--new-tokens", "100", "--out", str(tmp_path / "u.parquet")]
+    environment = {**os.environ, "WORKBENCH_HOME": str(home), "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(words, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
+    assert process.stderr is not None
+    for line in process.stderr:
+        if line.startswith("unit-"):
+            break
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert "Traceback" not in err
+    assert "resume" in err
+    assert not (tmp_path / "u.parquet").exists()
+    with Store(home) as store:
+        assert store.verify() == []
+    done = subprocess.run(words, capture_output=True, text=True, env=environment, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "u.parquet").exists()
