@@ -29,7 +29,10 @@ _REASONS = {
 
 def is_compressed(path: Path | str) -> bool:
     """Tell whether ``path`` is a folder that holds a compressed model (it is not verified here)."""
-    return (Path(path) / MANIFEST).is_file()
+    try:
+        return (Path(path) / MANIFEST).is_file()
+    except (OSError, ValueError):  # a name that no file can have
+        return False
 
 
 def refusal(path: Path, error: Exception) -> StoreError:
@@ -55,24 +58,15 @@ def check_output_folder(path: Path | str, *, need_bytes: int = 0, overwrite: boo
         InputError: something else is already there.
         StoreError: no permission, a read-only disk, or not enough space.
     """
+    if "\0" in str(path):
+        raise InputError(f"{str(path)!r} is not a possible folder name: choose another.")
     target = Path(path).expanduser().absolute()
-    if target.is_dir():
-        if is_compressed(target):
-            if not overwrite:
-                raise InputError(
-                    f"{target} already holds a compressed model: choose another folder, or allow overwriting."
-                )
-        elif _occupied(target):
-            raise InputError(
-                f"{target} exists and is not a compressed model: choose a new or empty folder. Nothing was changed."
-            )
-    elif target.exists() or target.is_symlink():
-        raise InputError(f"{target} is a file: choose a new or empty folder. Nothing was changed.")
-    above = target.parent
-    while not above.exists():
-        above = above.parent
-    probe = above / f".{uuid.uuid4().hex}"
     try:
+        _check_free_name(target, overwrite)
+        above = target.parent
+        while not above.exists():
+            above = above.parent
+        probe = above / f".{uuid.uuid4().hex}"
         probe.mkdir()
         probe.rmdir()
         free = shutil.disk_usage(above).free
@@ -86,11 +80,18 @@ def check_output_folder(path: Path | str, *, need_bytes: int = 0, overwrite: boo
     return target
 
 
-def _occupied(folder: Path) -> bool:
-    try:
-        return any(folder.iterdir())
-    except OSError as error:
-        raise refusal(folder, error) from error
+def _check_free_name(target: Path, overwrite: bool) -> None:
+    """Raise ``InputError`` where something is in the way that may not be replaced."""
+    if is_compressed(target):
+        if not overwrite:
+            raise InputError(f"{target} already holds a compressed model: choose another folder, or allow overwriting.")
+    elif target.is_dir():
+        if any(target.iterdir()):
+            raise InputError(
+                f"{target} exists and is not a compressed model: choose a new or empty folder. Nothing was changed."
+            )
+    elif target.exists() or target.is_symlink():
+        raise InputError(f"{target} is a file: choose a new or empty folder. Nothing was changed.")
 
 
 @contextmanager

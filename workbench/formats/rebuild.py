@@ -41,7 +41,6 @@ def to_model(compressed: CompressedModel, *, dtype: str = "float32", device: str
     kind, where = _DTYPES[dtype], torch.device(device)
     parts = compressed.architecture
     module = empty_module(compressed.config)
-    cast("nn.Module", module).to(where)  # computed buffers; parameters are on the meta device and stay there
     others = {
         name: tensor.to(where, kind if tensor.is_floating_point() else tensor.dtype, copy=True)
         for name, tensor in compressed.others.items()
@@ -56,6 +55,7 @@ def to_model(compressed: CompressedModel, *, dtype: str = "float32", device: str
         assign(module, others)
     except ModelError as error:
         raise IntegrityError(f"{compressed.folder or compressed.base.name}: {error}") from error
+    cast("nn.Module", module).to(where)  # buffers that are computed and never stored
     loaded = wrap(
         module,
         compressed.tokenizer,
