@@ -223,13 +223,19 @@ def _log_colorbar(low: float, high: float, title: str) -> dict[str, object]:
 
 
 def _step_ticks(grid: StepGrid) -> dict[str, object]:
-    """About sixteen labels over the whole axis, each the step at which its cell begins."""
-    columns = grid.columns
-    stride = max(1, -(-len(columns) // 16))
-    positions = list(range(0, len(columns), stride))
+    """About sixteen labels over the whole axis, at round steps of each sequence."""
+    columns = _columns(grid.columns)
+    wanted = grid.n_steps / 16
+    stride = next(s for s in (m * 10**e for e in range(7) for m in (1, 2, 5)) if s >= wanted)
+    apart = max(1, len(columns) // 32)
+    positions: list[int] = []
+    for position, (_, _, first, last) in enumerate(columns):
+        round_step = -(-first // stride) * stride
+        if round_step <= last and (not positions or position - positions[-1] >= apart):
+            positions.append(position)
     return {
         "tickvals": positions,
-        "ticktext": [str(columns["first"].iloc[p]) for p in positions],
+        "ticktext": [str(-(-columns[p][2] // stride) * stride) for p in positions],
         "range": [-0.5, len(columns) - 0.5],
     }
 

@@ -114,6 +114,7 @@ class SensitivityWorkbench(widgets.VBox):  # type: ignore[misc]
             self._status,
         ]
         self._measured = _html("wb-measured")
+        self._measured.value = panels.measured(None)
         self._latency = _Picture("wb-latency")
         self._texts = _html("wb-texts")
         self._result_parts = [
@@ -142,7 +143,8 @@ class SensitivityWorkbench(widgets.VBox):  # type: ignore[misc]
         self._sequence.add_class("wb-sequence")
         self._bits.observe(lambda _: self._draw_look(), "value")
         self._sequence.observe(lambda _: self._draw_look(), "value")
-        self._map = go.FigureWidget(go.Figure(layout={"template": TEMPLATE, "height": 320}))
+        self._map = go.FigureWidget(go.Figure(layout={"template": TEMPLATE, "height": 320, "autosize": True}))
+        self._map._config = {"responsive": True, "displaylogo": False}
         map_box = widgets.VBox([self._map], layout=_WIDE)
         map_box.add_class("wb-heatmap")
         self._linears = _html("wb-linears")
@@ -276,7 +278,7 @@ class SensitivityWorkbench(widgets.VBox):  # type: ignore[misc]
                 self._map.add_trace(drawn.data[0])
             else:
                 self._map.data[0].update(drawn.data[0].to_plotly_json(), overwrite=True)
-            self._map.layout = drawn.layout
+            self._map.layout = drawn.update_layout(autosize=True).layout
         if first:
             self._map.data[0].on_click(self._on_click)
         self._linears.value = panels.ranking(

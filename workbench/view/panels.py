@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from html import escape
+from pathlib import Path
 
 import pandas as pd
 
@@ -39,8 +40,9 @@ def panel(content: str, role: str = "") -> str:
 
 
 def heading(model: str) -> str:
-    """The workbench's name and the model's."""
-    return panel(f"<h2>Sensitivity of {escape(model)}</h2>")
+    """The model's name, or the last part of its path; the whole of it on hover."""
+    short = Path(model).name if Path(model).exists() else model
+    return panel(f'<h2 title="{escape(model)}">Sensitivity of {escape(short)}</h2>')
 
 
 def status(state: State) -> str:
@@ -107,8 +109,10 @@ def ranking(table: pd.DataFrame, columns: dict[str, str], caption: str, top: int
     )
 
 
-def measured(trial: Trial) -> str:
+def measured(trial: Trial | None) -> str:
     """What was measured: speed in plain words, then dense beside compressed."""
+    if trial is None:
+        return panel('<span class="wb-note">Nothing yet: press Run.</span>')
     found = trial.found
     dense, compressed, quality, kl = (
         found.latency.baseline,
@@ -119,7 +123,7 @@ def measured(trial: Trial) -> str:
     rows = [
         ("time per token, median", f"{dense.ms_per_token:.1f} ms", f"{compressed.ms_per_token:.1f} ms"),
         ("time per token, 95th percentile", f"{dense.p95_ms:.1f} ms", f"{compressed.p95_ms:.1f} ms"),
-        ("weights on disk", megabytes(found.dense_sizes.weight_bytes), megabytes(found.sizes.weight_bytes)),
+        ("weights on disk", size(found.dense_sizes.weight_bytes), size(found.sizes.weight_bytes)),
         ("effective bits of the units", f"{found.dense_sizes.effective_bits:g}", f"{found.sizes.effective_bits:.3f}"),
         ("perplexity", f"{quality.perplexity_dense:.2f}", f"{quality.perplexity_candidate:.2f}"),
         ("KL to dense, nats per token", "0", f"{kl.value:.4f} (95 % interval {kl.low:.4f} to {kl.high:.4f})"),
@@ -157,8 +161,12 @@ def side_by_side(generations: tuple[Generation, ...]) -> str:
     return panel("".join(blocks))
 
 
-def megabytes(count: int) -> str:
-    return f"{count / 1e6:.1f} MB"
+def size(count: int) -> str:
+    """Bytes in the decimal unit that leaves three digits or more."""
+    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= factor:
+            return f"{count / factor:.3g} {unit}" if count < 100 * factor else f"{count / factor:.0f} {unit}"
+    return f"{count} bytes"
 
 
 def _number(value: object) -> str:
