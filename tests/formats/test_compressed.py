@@ -142,6 +142,13 @@ def test_a_model_is_rebuilt_in_the_type_asked_for(compressed: CompressedModel, d
         to_model(compressed, dtype="float23")
 
 
+@pytest.mark.parametrize("device", ["cuda:99", "toaster", "meta:x"])
+def test_a_device_that_is_not_there_is_refused(compressed: CompressedModel, device: str) -> None:
+    with pytest.raises(InputError, match="choose cpu") as error:
+        to_model(compressed, device=device)
+    assert "\n" not in str(error.value)
+
+
 # Damage
 
 

@@ -67,7 +67,7 @@ class MethodConfig(Strict):
 def explain(error: ValidationError, model: type[BaseModel]) -> str:
     """Return one line for a failed validation: the field, its value, what is allowed, and the nearest valid choice."""
     errors = error.errors()
-    more = f" ({len(errors) - 1} more problems after this one.)" if len(errors) > 1 else ""
+    more = f" (And {len(errors) - 1} more.)" if len(errors) > 1 else ""
     method = model.model_fields.get("method")
     where = f"Method '{method.default}'" if method is not None else model.__name__
     return f"{where}: {_sentence(errors[0], model)}{more}"

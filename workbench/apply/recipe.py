@@ -7,6 +7,7 @@ import json
 import os
 import uuid
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -208,5 +209,6 @@ class Recipe(Strict):
         except OSError as error:
             raise refusal(target, error) from error
         finally:
-            temporary.unlink(missing_ok=True)
+            with suppress(OSError):  # already renamed, or never made
+                temporary.unlink()
         return target

@@ -23,6 +23,8 @@ _REASONS = {
     errno.EACCES: "no permission to write there: choose another folder",
     errno.EPERM: "no permission to write there: choose another folder",
     errno.ENOTDIR: "a file is in the way: choose another folder",
+    errno.EEXIST: "a file is in the way: choose another folder",
+    errno.EISDIR: "a folder is in the way: choose another name",
     errno.ENAMETOOLONG: "the name is too long: choose a shorter one",
 }
 

@@ -12,9 +12,8 @@ from workbench.errors import InputError, IntegrityError, ModelError, suggest
 from workbench.formats.compressed import CompressedModel
 from workbench.models.base import Fingerprint, LoadedModel
 from workbench.models.build import assign, empty_module
+from workbench.models.loading import DTYPES
 from workbench.models.settle import wrap
-
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def to_model(compressed: CompressedModel, *, dtype: str = "float32", device: str = "cpu") -> LoadedModel:
@@ -32,13 +31,13 @@ def to_model(compressed: CompressedModel, *, dtype: str = "float32", device: str
         A ``LoadedModel`` whose weight fingerprint is the identity of the compressed model.
 
     Raises:
-        InputError: unknown dtype.
+        InputError: an unknown dtype, or a device that is not there.
         EngineError: an encoding whose library is missing.
         IntegrityError: stored tensors that do not make up the architecture.
     """
-    if dtype not in _DTYPES:
-        raise InputError(f"dtype '{dtype}' is not possible: use {', '.join(_DTYPES)}." + suggest(dtype, _DTYPES))
-    kind, where = _DTYPES[dtype], torch.device(device)
+    if dtype not in DTYPES:
+        raise InputError(f"dtype '{dtype}' is not possible: choose {', '.join(DTYPES)}." + suggest(dtype, DTYPES))
+    kind, where = DTYPES[dtype], _usable(device)
     parts = compressed.architecture
     module = empty_module(compressed.config)
     others = {
@@ -64,3 +63,12 @@ def to_model(compressed: CompressedModel, *, dtype: str = "float32", device: str
         fingerprint=Fingerprint(compressed.base.fingerprint.architecture, compressed.sha256),
     )
     return replace(loaded, bos=compressed.base.bos, stop_tokens=tuple(compressed.base.stop_tokens))
+
+
+def _usable(device: str) -> torch.device:
+    """Return the device if a tensor can live there."""
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:  # PyTorch raises either, by build and by device
+        reason = str(error).splitlines()[0]
+        raise InputError(f"device '{device}' cannot be used ({reason}): choose cpu, or cuda where it is.") from error
