@@ -159,6 +159,21 @@ def test_listeners_see_states_in_order_until_they_stop(controller: Controller, m
     assert len(seen) == count
 
 
+def test_a_listener_that_acts_leaves_nobody_with_an_older_state(controller: Controller) -> None:
+    first: list[float] = []
+    second: list[float] = []
+
+    def clamp(state: State) -> None:
+        first.append(state.budget)
+        if state.budget > 6:
+            controller.set_budget(6)
+
+    controller.subscribe(clamp)
+    controller.subscribe(lambda state: second.append(state.budget))
+    controller.set_budget(7)
+    assert first == second == [7, 6]
+
+
 def test_panels_escape_what_comes_from_outside(tmp_path: Path) -> None:
     nasty = "<script>x</script>"
     state = State(model=nasty, budget=4.0, error=nasty, message=nasty)

@@ -102,6 +102,7 @@ class Controller:
         self._job = Job()
         self._work: Future[Any] | None = None
         self._told = 0.0
+        self._telling = False
         self._lock = threading.RLock()
         self._listeners: list[Listener] = []
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="workbench")
@@ -126,12 +127,24 @@ class Controller:
         return stop
 
     def _change(self, **changes: Any) -> None:
+        """Replace parts of the state and tell the listeners, in order.
+
+        A listener may act itself (a slider that is clamped asks for another budget): that state follows once all
+        listeners have heard of this one, so that none is left showing an older state than another.
+        """
         with self._lock:
             self._state = replace(self._state, **changes)
-            state, listeners = self._state, list(self._listeners)
-            # Within the lock, so that listeners see states in order.
-            for listener in listeners:
-                listener(state)
+            if self._telling:
+                return
+            self._telling = True
+            try:
+                told: State | None = None
+                while told is not self._state:
+                    told = self._state
+                    for listener in list(self._listeners):
+                        listener(told)
+            finally:
+                self._telling = False
 
     # Actions: quick, in the caller's thread ------------------------------------------------------------------------
 

@@ -8,6 +8,7 @@ other pictures are plain figures in ``Output`` widgets.
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -143,7 +144,7 @@ class SensitivityWorkbench(widgets.VBox):  # type: ignore[misc]
         self._sequence.add_class("wb-sequence")
         self._bits.observe(lambda _: self._draw_look(), "value")
         self._sequence.observe(lambda _: self._draw_look(), "value")
-        self._map = go.FigureWidget(go.Figure(layout={"template": TEMPLATE, "height": 320, "autosize": True}))
+        self._map = go.FigureWidget(go.Figure(layout={"template": TEMPLATE, "height": 320, "autosize": False}))
         self._map._config = {"responsive": True, "displaylogo": False}
         map_box = widgets.VBox([self._map], layout=_WIDE)
         map_box.add_class("wb-heatmap")
@@ -245,8 +246,9 @@ class SensitivityWorkbench(widgets.VBox):  # type: ignore[misc]
             self._unit.options = [unit.id for unit in state.architecture.units] if state.architecture else []
             self._draw_look()
         if state.budget_range != before.budget_range and state.budget_range is not None:
-            low, high = state.budget_range
             # Whole steps inside the range, so that both ends of the slider can be met.
+            step = self._budget.step
+            low, high = (round(n * step, 2) for n in _whole_steps(*state.budget_range, step))
             self._budget.max = max(high, self._budget.min)
             self._budget.min = low
             self._budget.max = high
@@ -278,6 +280,7 @@ class SensitivityWorkbench(widgets.VBox):  # type: ignore[misc]
                 self._map.add_trace(drawn.data[0])
             else:
                 self._map.data[0].update(drawn.data[0].to_plotly_json(), overwrite=True)
+            # Switched on here, and not from the start: only the change makes plotly measure the cell it is in.
             self._map.layout = drawn.update_layout(autosize=True).layout
         if first:
             self._map.data[0].on_click(self._on_click)
@@ -327,6 +330,11 @@ class _Picture(widgets.Output):  # type: ignore[misc]
                 "metadata": {},
             },
         )
+
+
+def _whole_steps(low: float, high: float, step: float) -> tuple[int, int]:
+    """First and last multiple of ``step`` within [low, high]."""
+    return math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
 
 
 def _button(text: str, name: str, tooltip: str, icon: str, style: str = "") -> Any:

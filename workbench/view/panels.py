@@ -134,9 +134,8 @@ def measured(trial: Trial | None) -> str:
     )
     notes = [
         f"Speed: {found.latency.pairs} interleaved pairs of {found.latency.new_tokens} tokens, "
-        f"{found.latency.threads} threads, engine {compressed.engine}.",
-        f"Quality: {quality.n_tokens} tokens in {quality.n_windows} windows of evaluation text.",
-        *found.notes,
+        f"{found.latency.threads} threads, engine {compressed.engine}. {found.latency.note}",
+        f"Quality: {quality.n_tokens} tokens in {quality.n_windows} windows of evaluation text. {quality.note}",
         f"Written to {trial.folder}; run {trial.run} of the store.",
     ]
     smaller = found.dense_sizes.weight_bytes / found.sizes.weight_bytes
