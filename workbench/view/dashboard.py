@@ -72,7 +72,6 @@ class Dashboard:
             callback=self._recipe_file,
             filename="recipe.json",
             label="Download recipe (JSON)",
-            stylesheets=[".bk-btn { background: #fff; border: 1px solid #0072b2; }"],
             width=230,
             margin=(10, 0, 0, 0),
         )
