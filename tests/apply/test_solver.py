@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from workbench.analysis.profile import Profile, Provenance, TextRecord
+from workbench.analysis.profile import TextRecord
 from workbench.apply.recipe import Budget, DamageSource
-from workbench.apply.solver import damage_of, monotone_damage, pareto, read_choices, solve
+from workbench.apply.solver import monotone_damage, pareto, read_choices, solve
 from workbench.errors import RecipeError
 
 WIDTHS = (2, 3, 4, 5, 6, 8)
@@ -220,15 +220,8 @@ def test_a_damage_table_that_is_not_complete_is_refused(change: object, says: st
 
 def test_what_the_damage_was_read_from_is_recorded() -> None:
     text = TextRecord(name="prose", split="tuning", sha256="1" * 64, n_tokens=10)
-    provenance = Provenance(
-        kind="unit-damage", model="m", architecture_sha256="2" * 64, weights_sha256="3" * 64, text=text
-    )
-    profile = Profile(realistic(2, seed=0).rename(columns={"damage": "kl"}).assign(block=0), provenance)
-    damage, source = damage_of(profile, "kl")
-    assert source == DamageSource(column="kl", profile=provenance.key, text=text)
-    assert solve(damage, Budget(average_bits=4), source=source).damage == source
-    with pytest.raises(RecipeError, match="no damage 'fisher'; it has kl"):
-        damage_of(profile, "fisher")
+    source = DamageSource(column="kl", profile="2" * 64, text=text)
+    assert solve(realistic(2, seed=0), Budget(average_bits=4), source=source).damage == source
 
 
 def test_nothing_is_printed(capfd: pytest.CaptureFixture[str]) -> None:

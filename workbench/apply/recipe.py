@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import uuid
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -19,11 +16,11 @@ from workbench.apply.bnb import BnbInt8Config, BnbNf4Config
 from workbench.apply.config import MethodConfig, Strict, Whole
 from workbench.apply.rtn import RtnConfig
 from workbench.errors import InputError, RecipeError
-from workbench.formats.folder import refusal
+from workbench.files import check_output_file, write_whole
+from workbench.formats.manifest import Sha256
 from workbench.models.base import Fingerprint, LoadedModel
 
 AnyMethod = Annotated[RtnConfig | BnbNf4Config | BnbInt8Config, Field(discriminator="method")]
-Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
 class Identity(Strict):
@@ -199,16 +196,6 @@ class Recipe(Strict):
 
     def save(self, path: Path | str) -> Path:
         """Write the recipe as JSON, whole or not at all, replacing a file that is there. Returns the path."""
-        target = Path(path)
-        temporary = target.parent / f".{target.name}.{uuid.uuid4().hex}"
-        text = json.dumps(self.model_dump(mode="json"), indent=1, sort_keys=True, allow_nan=False)
-        try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            temporary.write_text(text + "\n", "utf-8")
-            os.replace(temporary, target)
-        except OSError as error:
-            raise refusal(target, error) from error
-        finally:
-            with suppress(OSError):  # already renamed, or never made
-                temporary.unlink()
+        target = check_output_file(path)
+        write_whole(target, json.dumps(self.model_dump(mode="json"), indent=1, sort_keys=True, allow_nan=False) + "\n")
         return target

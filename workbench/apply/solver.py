@@ -18,7 +18,6 @@ import scipy
 from scipy.optimize import Bounds, LinearConstraint, isotonic_regression, milp
 from scipy.sparse import csr_array
 
-from workbench.analysis.profile import Profile
 from workbench.apply.native_output import native_output_dropped
 from workbench.apply.recipe import Budget, DamageSource, Solution
 from workbench.errors import RecipeError, suggest
@@ -129,32 +128,6 @@ def pareto(
         found = solve(damage, Budget(average_bits=float(bits)), pinned, monotone=monotone)
         rows.append((float(bits), found.achieved_bits, found.achieved_bytes, found.predicted_damage, found.gap))
     return pd.DataFrame(rows, columns=["budget_bits", "achieved_bits", "achieved_bytes", "damage", "gap"])
-
-
-DAMAGE_COLUMNS = ("kl", "fisher", "gradient")
-
-
-def damage_of(profile: Profile, column: str = "kl") -> tuple[pd.DataFrame, DamageSource]:
-    """Return the damage table of a profile of units, and its record: what ``solve`` takes.
-
-    Args:
-        profile: with columns ``unit``, ``bits``, ``stored_bits``, ``n_weights`` and ``column``.
-        column: which damage: ``kl``, ``fisher`` or ``gradient``.
-
-    Raises:
-        RecipeError: the profile does not have that damage.
-    """
-    known = [name for name in DAMAGE_COLUMNS if name in profile.table.columns]
-    if column not in known:
-        raise RecipeError(
-            f"The profile '{profile.kind}' has no damage '{column}'; it has {', '.join(known) or 'none'}."
-            + suggest(column, known)
-        )
-    table = profile.table.rename(columns={column: "damage"})[list(_COLUMNS)]
-    source = DamageSource.model_validate(
-        {"column": column, "profile": profile.provenance.key, "text": profile.provenance.text}
-    )
-    return table, source
 
 
 def monotone_damage(damages: np.ndarray) -> np.ndarray:
