@@ -114,6 +114,11 @@ def test_look_pick_run_cancel_and_run_again(
     expect(part(page, "wb-predicted")).to_contain_text("effective bits for the 4.50 asked", timeout=PATIENCE_MS)
     expect(part(page, "wb-heatmap").locator(".js-plotly-plot .main-svg").first).to_be_visible(timeout=30_000)
     expect(part(page, "wb-linears").locator("tbody tr")).to_have_count(21)
+    drawn = part(page, "wb-heatmap").locator(".main-svg").first.bounding_box()
+    cell = part(page, "wb-heatmap").bounding_box()
+    assert drawn is not None
+    assert cell is not None
+    assert drawn["width"] == pytest.approx(cell["width"], abs=30)
     expect(part(page, "wb-grid").locator(".js-plotly-plot")).to_be_visible(timeout=30_000)
     screenshot("notebook-1-look")
 

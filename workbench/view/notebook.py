@@ -144,8 +144,7 @@ class SensitivityWorkbench(widgets.VBox):  # type: ignore[misc]
         self._sequence.add_class("wb-sequence")
         self._bits.observe(lambda _: self._draw_look(), "value")
         self._sequence.observe(lambda _: self._draw_look(), "value")
-        self._map = go.FigureWidget(go.Figure(layout={"template": TEMPLATE, "height": 320, "autosize": False}))
-        self._map._config = {"responsive": True, "displaylogo": False}
+        self._map = go.FigureWidget(go.Figure(layout={"template": TEMPLATE, "height": 320}))
         map_box = widgets.VBox([self._map], layout=_WIDE)
         map_box.add_class("wb-heatmap")
         self._linears = _html("wb-linears")
@@ -243,7 +242,11 @@ class SensitivityWorkbench(widgets.VBox):  # type: ignore[misc]
         if state.look is not before.look and state.look is not None:
             n_sequences = int(state.look.steps.table["sequence"].max()) + 1
             self._sequence.options = [("all", None), *((f"{i}", i) for i in range(n_sequences))]
-            self._unit.options = [unit.id for unit in state.architecture.units] if state.architecture else []
+            if state.architecture is not None:
+                self._unit.options = [unit.id for unit in state.architecture.units]
+                self._unit.value = (
+                    self._unit.value or self._unit.options[0]
+                )  # starts empty: nothing was there to choose
             self._draw_look()
         if state.budget_range != before.budget_range and state.budget_range is not None:
             # Whole steps inside the range, so that both ends of the slider can be met.
@@ -280,8 +283,9 @@ class SensitivityWorkbench(widgets.VBox):  # type: ignore[misc]
                 self._map.add_trace(drawn.data[0])
             else:
                 self._map.data[0].update(drawn.data[0].to_plotly_json(), overwrite=True)
-            # Switched on here, and not from the start: only the change makes plotly measure the cell it is in.
-            self._map.layout = drawn.update_layout(autosize=True).layout
+            self._map.layout = drawn.update_layout(autosize=False).layout
+        # The widget is drawn before it is in the page; only this change, alone, makes plotly measure its cell.
+        self._map.layout.autosize = True
         if first:
             self._map.data[0].on_click(self._on_click)
         self._linears.value = panels.ranking(
