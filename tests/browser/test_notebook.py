@@ -141,8 +141,12 @@ def test_look_pick_run_cancel_and_run_again(
     page.mouse.move(box["x"] + box["width"] * 0.5, box["y"] + box["height"] - 4)
     page.mouse.click(box["x"] + box["width"] * 0.5, box["y"] + box["height"] - 4)
     unit = part(page, "wb-unit").locator("select")
+    pin = part(page, "wb-unit-bits").locator("select")
+    expect(unit.locator("option:checked")).to_have_text("blocks.0.qkv")
+    expect(pin.locator("option:checked")).to_have_text("the solver decides")
+    expect(part(page, "wb-sequence").locator("option:checked")).to_have_text("all")
     expect(unit.locator("option:checked")).to_have_text("blocks.2.down", timeout=15_000)
-    part(page, "wb-unit-bits").locator("select").select_option(label="8 bits")
+    pin.select_option(label="8 bits")
     expect(part(page, "wb-predicted")).to_contain_text("1 of 12 units pinned", timeout=15_000)
     screenshot("notebook-2-picked")
 

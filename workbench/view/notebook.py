@@ -32,6 +32,9 @@ except ImportError as error:
 
 _VALUE = "relative_error"
 _WIDE = {"width": "100%"}
+# Values of the first entries of two menus; None would leave a menu without any entry chosen.
+_ALL_SEQUENCES = -1
+_SOLVER_DECIDES = 0
 
 
 class SensitivityWorkbench(widgets.VBox):  # type: ignore[misc]
@@ -136,7 +139,7 @@ class SensitivityWorkbench(widgets.VBox):  # type: ignore[misc]
         )
         self._bits.add_class("wb-bits")
         self._sequence = widgets.Dropdown(
-            options=[("all", None)],
+            options=[("all", _ALL_SEQUENCES)],
             description="Sequence",
             tooltip="Which prompt with its reply",
             layout={"width": "220px"},
@@ -180,7 +183,7 @@ class SensitivityWorkbench(widgets.VBox):  # type: ignore[misc]
         self._unit.add_class("wb-unit")
         self._unit_bits = widgets.Dropdown(
             options=[
-                ("the solver decides", None),
+                ("the solver decides", _SOLVER_DECIDES),
                 *((f"{b} bits", b) for b in self.controller.settings.looking.widths),
             ],
             description="Its bits",
@@ -215,8 +218,8 @@ class SensitivityWorkbench(widgets.VBox):  # type: ignore[misc]
 
     def _on_pin(self, change: dict[str, Any]) -> None:
         unit = self._unit.value
-        if unit is not None and change["new"] != self.controller.state.pinned.get(unit):
-            self.controller.pin(unit, change["new"])
+        if unit is not None and change["new"] != self.controller.state.pinned.get(unit, _SOLVER_DECIDES):
+            self.controller.pin(unit, change["new"] or None)
 
     def _on_click(self, trace: Any, points: Any, _: Any) -> None:
         architecture = self.controller.state.architecture
@@ -225,7 +228,7 @@ class SensitivityWorkbench(widgets.VBox):  # type: ignore[misc]
             self._unit.value = architecture.linear(self._grid.linears[row]).unit
 
     def _show_pin(self) -> None:
-        self._unit_bits.value = self.controller.state.pinned.get(self._unit.value)
+        self._unit_bits.value = self.controller.state.pinned.get(self._unit.value, _SOLVER_DECIDES)
 
     # Showing the state ---------------------------------------------------------------------------------------------
 
@@ -241,7 +244,7 @@ class SensitivityWorkbench(widgets.VBox):  # type: ignore[misc]
         self._status.value = panels.status(state)
         if state.look is not before.look and state.look is not None:
             n_sequences = int(state.look.steps.table["sequence"].max()) + 1
-            self._sequence.options = [("all", None), *((f"{i}", i) for i in range(n_sequences))]
+            self._sequence.options = [("all", _ALL_SEQUENCES), *((f"{i}", i) for i in range(n_sequences))]
             if state.architecture is not None:
                 self._unit.options = [unit.id for unit in state.architecture.units]
                 self._unit.value = (
@@ -275,7 +278,8 @@ class SensitivityWorkbench(widgets.VBox):  # type: ignore[misc]
         if seen is None:
             return
         bits = self._bits.value
-        self._grid = step_grid(seen.steps, bits, self._sequence.value, _VALUE)
+        sequence = None if self._sequence.value == _ALL_SEQUENCES else self._sequence.value
+        self._grid = step_grid(seen.steps, bits, sequence, _VALUE)
         drawn = grid_figure(self._grid, seen.steps, bits, _VALUE)
         first = not self._map.data
         with self._map.batch_update():

@@ -210,8 +210,6 @@ def pareto(
             marker={"color": GREY, "symbol": "square-open", "size": 10, "line": {"width": 2}},
             hovertemplate=hover,
         )
-    if measured is not None and len(measured):
-        figure.add_scatter(**_measured_trace(measured, hover))
     if chosen is not None:
         figure.add_scatter(
             x=[chosen["effective_bits"]],
@@ -219,9 +217,12 @@ def pareto(
             mode="markers",
             name="your choice",
             text=["your choice"],
-            marker={"color": VERMILLION, "symbol": "star", "size": 16, "line": {"color": "white", "width": 1}},
+            marker={"color": VERMILLION, "symbol": "star", "size": 20, "line": {"color": "white", "width": 1}},
             hovertemplate=hover,
         )
+    # Last, so that a measurement lies on top of the choice that it measures.
+    if measured is not None and len(measured):
+        figure.add_scatter(**_measured_trace(measured, hover))
     intervals = "bars: 95 % interval" if measured is not None and "kl_low" in measured else ""
     figure.update_layout(
         template=TEMPLATE,
@@ -242,7 +243,7 @@ def _measured_trace(measured: pd.DataFrame, hover: str) -> dict[str, object]:
         "mode": "markers",
         "name": "measured",
         "text": [escape(name) for name in names],
-        "marker": {"color": GREEN, "symbol": "diamond", "size": 11},
+        "marker": {"color": GREEN, "symbol": "diamond", "size": 10, "line": {"color": "white", "width": 1}},
         "hovertemplate": hover,
     }
     if "kl_low" in measured and "kl_high" in measured:

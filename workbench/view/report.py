@@ -9,8 +9,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +22,8 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from workbench.analysis.profile import Profile
-from workbench.errors import InputError, StoreError
+from workbench.errors import InputError
+from workbench.files import write_whole
 from workbench.view.texts import Generation, differences, marked_html
 
 # More rows make the file slow to open and nobody reads them; the profile beside the report holds all.
@@ -115,7 +114,7 @@ def write_report(
     )
     if not target.parent.is_dir():
         raise InputError(f"Cannot write {target}: there is no folder {target.parent}. Make it first.")
-    _write_atomically(target, html)
+    write_whole(target, html)
     return target
 
 
@@ -263,27 +262,3 @@ def _cell(value: object) -> str:
     if isinstance(value, list | tuple | dict):
         return json.dumps(value, ensure_ascii=False, default=str)
     return str(value)
-
-
-def _write_atomically(target: Path, text: str) -> None:
-    """Write beside the target, flush to disk, then rename."""
-    temporary = ""
-    try:
-        with tempfile.NamedTemporaryFile(
-            "w", encoding="utf-8", newline="\n", dir=target.parent, prefix=f".{target.name}.", delete=False
-        ) as file:
-            temporary = file.name
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        # A temporary file is private to its owner; a report is meant to be shared like any other file.
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)
-        os.replace(temporary, target)
-    except OSError as error:
-        if temporary:
-            Path(temporary).unlink(missing_ok=True)
-        raise StoreError(
-            f"Cannot write {target}: {error.strerror or error}. Choose a folder that you may write to."
-        ) from error
