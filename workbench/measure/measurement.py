@@ -83,25 +83,28 @@ def measure(
         quality = compare_quality(baseline, other, evaluation, text=record, decode=model.decode, seed=seed, job=job)
         answers = _ask(baseline, other, seed, job) if ask_questions else None
 
+    name_of_model, dense_sizes, sizes = model.name, Sizes.of_dense(model), Sizes.of_compressed(candidate)
+    fit_seconds = candidate.fit_seconds
     sides = [
         Target(model.source, name="dense", engine=name),
         Target(candidate.folder or compressed, name="compressed", engine=name),
     ]
+    del model, candidate  # the timing process loads both itself: a third copy here would only take its memory
     latency = measure_many(sides[0], sides[1:], pairs=pairs, new_tokens=new_tokens, threads=threads, job=job)[0]
     alone = [measure_alone(side, new_tokens=new_tokens, threads=threads, job=job) for side in sides]
     bandwidth, no_bandwidth = _bandwidth(threads)
     return Measurement(
-        model=model.name,
+        model=name_of_model,
         candidate=str(compressed),
         recipe=recipe,
-        dense_sizes=Sizes.of_dense(model),
-        sizes=Sizes.of_compressed(candidate),
+        dense_sizes=dense_sizes,
+        sizes=sizes,
         latency=latency,
         quality=quality,
         dense_alone=alone[0],
         alone=alone[1],
         questions=answers,
-        fit_seconds=candidate.fit_seconds,
+        fit_seconds=fit_seconds,
         bandwidth=bandwidth,
         environment=environment(),
         notes=tuple(note for note in (quality.note, latency.note, alone[1].energy.note, no_bandwidth) if note),

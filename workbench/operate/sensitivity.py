@@ -80,13 +80,19 @@ class Sensitivity:
 
 
 def look_at_steps(
-    model: LoadedModel, options: SensitivityOptions, store: Store | None, job: Job, *, refresh: bool = False
+    model: LoadedModel,
+    options: SensitivityOptions,
+    store: Store | None = None,
+    job: Job | None = None,
+    *,
+    refresh: bool = False,
 ) -> tuple[Profile, bool]:
     """Profile of every decoding step: of the replies to prompts, or of the user's own text.
 
     Returns:
         The profile, and whether it came from the store.
     """
+    job = job or Job()
     record = None
     if options.prompts or options.text in ("prose", "pydoc", "self"):
         sequences = _replies(model, options, job)
@@ -101,13 +107,19 @@ def look_at_steps(
 
 
 def look_at_units(
-    model: LoadedModel, options: SensitivityOptions, store: Store | None, job: Job, *, refresh: bool = False
+    model: LoadedModel,
+    options: SensitivityOptions,
+    store: Store | None = None,
+    job: Job | None = None,
+    *,
+    refresh: bool = False,
 ) -> tuple[Profile, bool]:
     """Profile of every unit's damage by width, estimated from gradients and, if asked for, measured as KL.
 
     Returns:
         The profile, and whether it came from the store.
     """
+    job = job or Job()
     corpus = open_text(options.text, "calibration", model=model, seed=options.seed, job=job)
 
     def cut(count: int, length: int) -> dict[str, Any]:
@@ -138,7 +150,12 @@ def look_at_units(
 
 
 def look(
-    model: LoadedModel, options: SensitivityOptions, store: Store | None, job: Job, *, refresh: bool = False
+    model: LoadedModel,
+    options: SensitivityOptions,
+    store: Store | None = None,
+    job: Job | None = None,
+    *,
+    refresh: bool = False,
 ) -> Sensitivity:
     """Look at every decoding step and every unit. See ``SensitivityOptions`` for how much."""
     steps, steps_cached = look_at_steps(model, options, store, job, refresh=refresh)

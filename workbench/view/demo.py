@@ -77,9 +77,9 @@ def run_demo(folder: Path, options: DemoOptions, store: Store, job: Job) -> dict
     compressed.save(folder / "model", overwrite=True)
     compressed = CompressedModel.load(folder / "model")
     generations = side_by_side(model, compressed, chosen_prompts(looking), options.new_tokens, job)
+    del model, compressed  # measuring opens both by itself
     found = measure(
         folder / "model",
-        model,
         text=options.text,
         n_windows=options.n_windows,
         window_length=options.window_length,
