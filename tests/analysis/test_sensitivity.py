@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 import torch
 
+from workbench.analysis.damage import _divergence
 from workbench.analysis.profile import Profile, run
 from workbench.analysis.sensitivity import (
     DecodingSteps,
@@ -87,6 +88,17 @@ def test_unit_damage_is_the_kl_of_a_model_with_only_that_unit_changed(any_tiny_m
         expected = torch.cat([(p.exp() * (p - q)).sum(1) for p, q in zip(dense, changed, strict=True)]).mean()
         found = profile.table.query(f"unit == '{unit.id}' and bits == 2")["kl"].item()
         assert found == pytest.approx(expected.item(), rel=2e-3, abs=1e-7)
+
+
+@pytest.mark.parametrize("size", [1e-4, 1e-2, 0.5, 5.0, 300.0])
+def test_divergence_keeps_its_digits_and_never_overflows(size: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits, change = (torch.randn(20, 300, generator=generator, dtype=torch.float64) for _ in range(2))
+    change *= size
+    dense, other = logits.log_softmax(1), (logits + change).log_softmax(1)
+    expected = (dense.exp() * (dense - other)).sum(1)
+    found = _divergence(dense.float(), change.float())
+    torch.testing.assert_close(found.double(), expected, rtol=1e-3, atol=1e-12)
 
 
 def test_scores_are_the_gradients_products(tiny_model: LoadedModel) -> None:

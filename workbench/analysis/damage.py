@@ -71,7 +71,7 @@ class UnitDamage(_UnitAnalysis):
     the blocks as the units do. The table has columns ``block``, ``unit``, ``bits``, ``kl``, ``stored_bits``,
     ``n_weights``.
 
-    Memory: hidden states of all windows once, and the dense probabilities, tokens x vocabulary x 4 bytes.
+    Memory: hidden states of all windows once, and the dense log-probabilities, tokens x vocabulary x 4 bytes.
 
     Args:
         model: the dense model.
@@ -126,7 +126,7 @@ class _DensePass:
         self._states: list[torch.Tensor] = []
         self._arguments: list[list[dict[str, Any]]] = []
         self._final: list[torch.Tensor] = []
-        self._probabilities: list[torch.Tensor] = []
+        self._log_probabilities: list[torch.Tensor] = []
         self.block = 0
         for window in windows:
             self._record(window)
@@ -150,7 +150,7 @@ class _DensePass:
         self._states.append(calls[0][0])
         self._arguments.append([inputs for _, inputs in calls])
         self._final.append(final[0])
-        self._probabilities.append(self._head(final[0]).softmax(dim=1))
+        self._log_probabilities.append(self._head(final[0]).log_softmax(dim=1))
 
     def _head(self, hidden: torch.Tensor) -> torch.Tensor:
         return self._model.module.get_output_embeddings()(hidden).float()
@@ -168,8 +168,8 @@ class _DensePass:
     def kl(self) -> float:
         """Mean KL over all tokens between the dense output and that of the model's present weights, nats.
 
-        With ``d`` the change of the logits, ``KL = log sum p exp(d) - sum p d = log1p(sum p expm1(d)) - sum p d``,
-        which keeps its precision where the change is tiny.
+        With ``p`` the dense probabilities and ``d`` the change of the logits, ``KL = log sum p exp(d) - sum p d``.
+        Where the change is small this loses its digits, and ``log1p(sum p expm1(d)) - sum p d`` keeps them.
         """
         total, count = 0.0, 0
         path = self._model.architecture.norms.get("final")
@@ -179,15 +179,24 @@ class _DensePass:
             for block in range(self.block, len(self._blocks)):
                 hidden = self._forward(block, hidden, i)
             hidden = (self._model.submodule(path)(hidden) if path else hidden)[0]
-            p = self._probabilities[i]
             if cap:
                 change = cap * (torch.tanh(self._head(hidden) / cap) - torch.tanh(self._head(self._final[i]) / cap))
             else:
                 change = self._head(hidden) - self._head(self._final[i])
-            first = (p * change).sum(dim=1)
-            total += float((torch.log1p((p * change.expm1_()).sum(dim=1)) - first).double().sum())
-            count += len(p)
+            total += float(_divergence(self._log_probabilities[i], change).double().sum())
+            count += len(change)
         return max(total / count, 0.0)
+
+
+def _divergence(log_p: torch.Tensor, change: torch.Tensor) -> torch.Tensor:
+    """KL(p || q) of each row, with ``q`` the softmax of the logits of ``p`` plus ``change``; float32 (rows,)."""
+    p = log_p.exp()
+    mean = (p * change).sum(dim=1)
+    small = change.abs().amax(dim=1) < 1
+    kl = torch.empty_like(mean)
+    kl[small] = torch.log1p((p[small] * change[small].expm1()).sum(dim=1)) - mean[small]
+    kl[~small] = (log_p[~small] + change[~small]).logsumexp(dim=1) - mean[~small]
+    return kl
 
 
 class UnitScores(_UnitAnalysis):
