@@ -10,7 +10,7 @@ import pandas as pd
 import psutil
 
 from workbench.analysis.profile import Profile
-from workbench.analysis.sensitivity import UnitScores, unit_scores
+from workbench.analysis.sensitivity import UnitDamage
 from workbench.apply.compress import compress
 from workbench.apply.recipe import Budget, DamageSource, Recipe
 from workbench.apply.rtn import RtnConfig
@@ -32,7 +32,8 @@ WIDTHS = (2, 3, 4, 5, 6, 8)
 _BUDGETS = (3, 4)  # the byte budgets of these uniform widths
 _GROUP_SIZE = 64
 _ENGINE = "reference"  # fp32 activations, whatever other engines there are: the claim is about the recipe
-_SOLVE_WINDOWS, _SOLVE_TOKENS = 8, 128  # as `workbench analyze` takes them, so that the fit is shared
+_SOLVE_WINDOWS, _SOLVE_TOKENS = 4, 128  # as `workbench analyze sensitivity --kl` takes them: the fit is shared
+_OUTPUT_BITS = 16  # the claim is about the blocks' linears
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,8 @@ def recipes(context: BenchContext) -> Rows:
     """Uniform round-to-nearest at 2 to 8 bits, and solved mixes at the byte budgets of uniform 3 and 4.
 
     ``kl_difference`` (with ``kl_low`` and ``kl_high``) is the mix's KL minus that of ``rival`` on the same windows,
-    nats per token; the mix is solved for Fisher scores on calibration text.
+    nats per token; the mix is solved for the measured KL of every unit on calibration text. The output layer stays
+    dense.
     """
     job = context.job
     model = load(context.model, job=job)
@@ -80,21 +82,23 @@ def recipes(context: BenchContext) -> Rows:
 
 
 def _damage(model: LoadedModel, context: BenchContext) -> tuple[Profile, TextRecord]:
-    """Each unit's estimated damage at each width on calibration text: what ``workbench analyze`` makes by default."""
+    """Each unit's KL at each width on calibration text: what ``workbench analyze sensitivity --kl`` measures."""
     corpus = open_text("prose", "calibration")
     cut = windows(corpus, model, _SOLVE_TOKENS, limit=_SOLVE_WINDOWS)
     record = corpus.record(sum(len(window.tokens) for window in cut))
-    analysis = UnitScores(model, [window.tokens for window in cut], widths=WIDTHS, group_size=_GROUP_SIZE, text=record)
+    analysis = UnitDamage(model, [window.tokens for window in cut], widths=WIDTHS, group_size=_GROUP_SIZE, text=record)
     return context.analyze(analysis, context.job), record
 
 
 def _candidates(model: LoadedModel, profile: Profile, job: Job) -> list[_Candidate]:
-    table = unit_scores(profile).rename(columns={"fisher": "damage"})
-    source = DamageSource(column="fisher", profile=profile.provenance.key, text=profile.provenance.text)
-    named = [(f"uniform {bits}", Recipe.for_model(model, RtnConfig(bits=bits))) for bits in WIDTHS]
+    table = profile.table.rename(columns={"kl": "damage"})
+    source = DamageSource(column="kl", profile=profile.provenance.key, text=profile.provenance.text)
+    named = [
+        (f"uniform {bits}", Recipe.for_model(model, RtnConfig(bits=bits, output_bits=_OUTPUT_BITS))) for bits in WIDTHS
+    ]
     for bits in _BUDGETS:
         solution = solve(table, Budget(bytes=_uniform_bytes(table, bits)), source=source)
-        method = RtnConfig(unit_bits=dict(solution.unit_bits), group_size=_GROUP_SIZE)
+        method = RtnConfig(unit_bits=dict(solution.unit_bits), group_size=_GROUP_SIZE, output_bits=_OUTPUT_BITS)
         named.append((f"solved {bits}", Recipe.for_model(model, method, solution=solution)))
     return [_Candidate(name, compress(model, recipe, job=job), recipe) for name, recipe in named]
 
