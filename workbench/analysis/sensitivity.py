@@ -57,28 +57,37 @@ class OutputErrors:
     """
 
     def __init__(
-        self, model: LoadedModel, widths: Sequence[int], group_size: int, symmetric: bool, job: Job | None = None
+        self,
+        model: LoadedModel,
+        steps: int,
+        widths: Sequence[int],
+        group_size: int,
+        symmetric: bool,
+        job: Job | None = None,
     ) -> None:
         self._model = model
         self._job = job or Job()
         self._widths = tuple(widths)
         self._group_size = group_size
         self._symmetric = symmetric
-        self.output_norms: dict[str, torch.Tensor] = {}
-        self.error_norms: dict[tuple[str, int], torch.Tensor] = {}
+        self._row = {linear.id: i for i, linear in enumerate(model.architecture.linears)}
+        self.output_norms = np.zeros((len(self._row), steps), dtype=np.float32)
+        self.error_norms = np.zeros((len(self._row), len(self._widths), steps), dtype=np.float32)
 
     @torch.inference_mode()
     def update(self, site: str, start: int, rows: torch.Tensor) -> None:
-        if site.count(".") == 1:  # a block's residual
+        index = self._row.get(site)
+        if index is None:  # a block's residual
             return
         weight = self._model.linear_module(site).weight.float()
         rows = rows.float()
-        self.output_norms[site] = torch.linalg.vector_norm(rows @ weight.T, dim=1).cpu()
-        for bits in self._widths:
+        steps = slice(start, start + len(rows))
+        self.output_norms[index, steps] = torch.linalg.vector_norm(rows @ weight.T, dim=1).cpu().numpy()
+        for i, bits in enumerate(self._widths):
             codes = quantize_groups(weight, bits, self._group_size, self._symmetric)
             error = dequantize(codes).sub_(weight)
-            self.error_norms[site, bits] = torch.linalg.vector_norm(rows @ error.T, dim=1).cpu()
-        self._job.within(len(self.output_norms) / len(self._model.architecture.linears))
+            self.error_norms[index, i, steps] = torch.linalg.vector_norm(rows @ error.T, dim=1).cpu().numpy()
+        self._job.within((index + 1) / len(self._row))
 
 
 class DecodingSteps:
@@ -138,7 +147,8 @@ class DecodingSteps:
         """Return one sequence's rows."""
         index = int(part.rsplit("-", 1)[1])
         sequence = self._sequences[index]
-        errors = OutputErrors(self._model, self._widths, self._group_size, self._symmetric, job)
+        steps = len(sequence.tokens)
+        errors = OutputErrors(self._model, steps, self._widths, self._group_size, self._symmetric, job)
         engine = ReferenceEngine(self._model)
         try:
             capture_text(engine, sequence.tokens, [errors], prompt_length=sequence.prompt_length)
@@ -152,9 +162,8 @@ def _step_table(
 ) -> pd.DataFrame:
     steps = len(sequence.tokens)
     n_linears, n_widths = len(arch.linears), len(widths)
-    output = np.stack([errors.output_norms[x.id].numpy() for x in arch.linears], axis=1)
-    error = np.stack([[errors.error_norms[x.id, b].numpy() for b in widths] for x in arch.linears])
-    error = error.transpose(2, 0, 1)  # steps, linears, widths
+    output = errors.output_norms.T  # steps, linears
+    error = errors.error_norms.transpose(2, 0, 1)  # steps, linears, widths
     spread = np.broadcast_to(output[:, :, None], error.shape)
     relative = np.divide(error, spread, out=np.full(error.shape, np.nan, np.float32), where=spread > 0)
     replies = (np.arange(steps) >= sequence.prompt_length).astype(np.int8)
