@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import uuid
 from pathlib import Path
@@ -65,4 +66,5 @@ def write_whole(path: Path, content: str | bytes) -> None:
     except OSError as error:
         raise StoreError(f"Cannot write {path} ({error.strerror}): free some space or choose another place.") from error
     finally:
-        beside.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # what could not be written beside need not be removed
+            beside.unlink(missing_ok=True)
