@@ -137,6 +137,7 @@ def write_parts(path: Path | BinaryIO, tables: Iterator[pd.DataFrame], provenanc
                 schema = table.schema.with_metadata({_METADATA_KEY: provenance.model_dump_json().encode()})
                 writer = pq.ParquetWriter(path, schema, compression="zstd")
             writer.write_table(table.replace_schema_metadata(writer.schema.metadata))
+            del frame, table  # not held while the next is made
     finally:
         if writer is not None:
             writer.close()

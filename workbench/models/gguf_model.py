@@ -6,6 +6,7 @@ took four times as long) and carries neither scaled rotary positions nor Gemma's
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -49,6 +50,7 @@ _BLOCK_OF: Mapping[str, Mapping[str, str]] = {
     },
     "phi3": {"ffn_up": "mlp.gate_up_proj"},
 }
+_WEIGHTS_AT_ONCE = 1 << 20  # 4 MB of float32: as many as one matrix of a small model
 _GEMMA_LOCAL_THETA = 10_000.0  # Gemma 3 report, section 2: local layers keep the base of Gemma 2
 
 
@@ -161,13 +163,21 @@ def _state_name(path: Path, arch: str, name: str) -> str:
 
 
 def _dequantize(path: Path, name: str, info: TensorInfo, data: np.ndarray) -> np.ndarray:
-    """Return one tensor as float32 of its shape."""
-    raw = data[info.begin : info.begin + info.n_bytes].reshape(*info.shape[:-1], -1)
+    """Return one tensor as float32 of its shape.
+
+    A few rows at a time: gguf's reader holds a second copy of what it is given, in pieces small enough to stay behind
+    in the heap, which for an embedding would be the peak of the whole process.
+    """
+    width = info.shape[-1]
+    raw = np.asarray(data[info.begin : info.begin + info.n_bytes]).reshape(math.prod(info.shape[:-1]), -1)
+    values = np.empty((len(raw), width), dtype=np.float32)
+    step = max(1, _WEIGHTS_AT_ONCE // width)
     try:
-        values = quants.dequantize(np.asarray(raw), info.kind)
+        for first in range(0, len(raw), step):
+            values[first : first + step] = quants.dequantize(raw[first : first + step], info.kind)
     except NotImplementedError as error:
         raise ModelError(f"{path}: '{name}' is stored as {info.kind.name}, which cannot be read.") from error
-    return np.array(values, dtype=np.float32).reshape(info.shape)  # a copy: the file may go away
+    return values.reshape(info.shape)
 
 
 def _layout(header: GgufHeader, config: Mapping[str, Any]) -> Callable[[str, np.ndarray], np.ndarray]:

@@ -37,6 +37,8 @@ from workbench.runtime.reads import ReadCounter
 from workbench.runtime.sampling import sample
 from workbench.runtime.weights import DenseWeights, WeightSource
 
+_ROWS = 16  # of logits that are copied at once
+
 
 class ReferenceSequence:
     """One running text of the reference engine."""
@@ -163,7 +165,9 @@ class ReferenceEngine:
         for first, logits in chunks:
             rows = logits[: len(tokens) - 1 - first]
             target = targets[first : first + len(rows)].unsqueeze(1)
-            found.append(rows.gather(1, target).squeeze(1) - rows.logsumexp(dim=1))
+            total = torch.cat([part.logsumexp(dim=1) for part in rows.split(_ROWS)])  # it copies what it is given
+            found.append(rows.gather(1, target).squeeze(1) - total)
+            del rows, logits  # the largest tensors of all: gone before the next are made
         return torch.cat(found).numpy()
 
     def log_probabilities(
@@ -171,7 +175,10 @@ class ReferenceEngine:
     ) -> Iterator[tuple[int, np.ndarray]]:
         """Yield (first position, log-probabilities float32 (n, vocab)); see ``Engine.log_probabilities``."""
         for first, logits in self._chunks(tokens, prompt_length, chunk, None, None):
-            yield first, logits.log_softmax(dim=1).numpy()
+            rows = logits.log_softmax(dim=1).numpy()
+            del logits  # not held while the rows are used
+            yield first, rows
+            del rows
 
     def hidden_states(self, tokens: Sequence[int], *, prompt_length: int = 1) -> torch.Tensor:
         """Teacher-forced final hidden states (n, hidden) without the output layer: what capture needs of a text."""
