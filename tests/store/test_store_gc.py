@@ -179,3 +179,89 @@ def test_bound_holds(tmp_path_factory: pytest.TempPathFactory, sizes: list[int],
         assert kept <= set(keys(store))
         assert object_bytes(store) <= bound or set(keys(store)) == kept
         assert store.verify() == []
+
+
+def keep_model(store: Store, name: str, size: int, age_days: float) -> Path:
+    folder = store.model_folder(name)
+    folder.mkdir(parents=True)
+    _write(folder / "weights.safetensors", bytes(size))
+    for entry in (folder / "weights.safetensors", folder):
+        os.utime(entry, (time.time() - age_days * DAY_S,) * 2)
+    return folder
+
+
+def measured(store: Store, folder: Path) -> int:
+    return store.record_run("measure", name="", model="", method="rtn", summary={"kl": 0.1}, measured=folder)
+
+
+def test_compressed_models_are_counted_and_bounded(store: Store) -> None:
+    for name, age in (("old", 3), ("new", 1)):
+        keep_model(store, name, 100, age)
+    put(store, "artifact", b"a" * 50)
+    before = store.info()
+    assert (before["compressed_models"], before["compressed_bytes"], before["artifact_bytes"]) == (2, 200, 50)
+    assert [(r.what, r.name, r.bytes) for r in store.gc(max_bytes=150)] == [("compressed", "old", 100)]
+    assert store.info()["compressed_bytes"] == 100
+    assert store.model_folder("new").is_dir()
+    assert not list((store.home / "tmp").iterdir())
+    assert store.gc(max_bytes=150) == []
+
+
+def test_a_measured_model_goes_last_and_only_for_the_bound(store: Store) -> None:
+    folder = keep_model(store, "measured", 100, 9)
+    run = measured(store, folder)
+    keep_model(store, "unused", 100, 1)
+    put(store, "artifact", b"a" * 50)
+    assert [removal.name for removal in store.gc(max_bytes=100, older_than_days=5)] == ["unused", "blob/artifact"]
+    assert folder.is_dir()
+    assert store.gc(older_than_days=5) == []
+    promised = store.gc(max_bytes=99, dry_run=True)
+    assert folder.is_dir()
+    (removal,) = store.gc(max_bytes=99)
+    assert [removal] == promised
+    assert (removal.what, removal.name, removal.bytes, removal.runs) == ("compressed", "measured", 100, (run,))
+    assert not folder.exists()
+    assert store.run(run)["summary"]["kl"] == 0.1
+
+
+def test_a_model_is_free_once_its_runs_are_deleted(store: Store) -> None:
+    run = measured(store, keep_model(store, "model", 10, 9))
+    store.delete_run(run)
+    assert [(removal.name, removal.runs) for removal in store.gc(older_than_days=5)] == [("model", ())]
+
+
+def test_a_model_elsewhere_is_not_the_stores(store: Store, tmp_path: Path) -> None:
+    run = measured(store, tmp_path / "elsewhere" / "model")
+    assert store.run(run)["summary"] == {"kl": 0.1}
+
+
+def test_a_model_made_again_meanwhile_stays(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = keep_model(store, "model", 10, 9)
+    choose = cleaning._dispensable
+
+    def choose_then_write(*args: object) -> Iterator[object]:
+        chosen = list(choose(*args))  # type: ignore[arg-type]
+        _write(folder / "weights.safetensors", bytes(20))
+        return iter(chosen)
+
+    monkeypatch.setattr(cleaning, "_dispensable", choose_then_write)
+    assert store.gc(max_bytes=0) == []
+    assert folder.is_dir()
+
+
+def test_half_written_models_of_a_killed_process_go_after_a_day(store: Store) -> None:
+    half = store.model_folder("model").with_name(".model.0123")
+    half.mkdir(parents=True)
+    _write(half / "weights.safetensors", b"half")
+    assert store.gc(max_bytes=0) == []
+    grow_old(half)
+    assert [(removal.what, removal.name) for removal in store.gc()] == [("tmp", ".model.0123")]
+    assert store.info()["compressed_models"] == 0
+
+
+@pytest.mark.parametrize("name", ["../x", "..", ".hidden", "", "a/b", "Modèle 1"])
+def test_model_folders_stay_inside(store: Store, name: str) -> None:
+    folder = store.model_folder(name)
+    assert folder.parent == store.home / "compressed"
+    assert not folder.name.startswith(".")
+    assert folder.resolve() == folder

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -97,22 +98,23 @@ def verify() -> None:
 
 
 def gc(
-    max_mb: Annotated[float | None, typer.Option(help="Bound the stored files to this many megabytes.")] = None,
+    max_mb: Annotated[float | None, typer.Option(help="Bound files and compressed models together, in MB.")] = None,
     older_than_days: Annotated[float | None, typer.Option(help="Remove what was not used for so long.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be removed.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Remove what is left over and least recently used; what a run refers to stays."""
+    """Remove what is left over and least recently used; what a run refers to stays, or goes last."""
     from workbench.store import Store
 
     limit = None if max_mb is None else int(max_mb * 1e6)
     with Store() as store:
         removed = store.gc(max_bytes=limit, older_than_days=older_than_days, dry_run=dry_run)
     if as_json:
-        console.show_json([{"what": r.what, "name": r.name, "bytes": r.bytes} for r in removed])
+        console.show_json([asdict(removal) for removal in removed])
         return
     for removal in removed:
-        console.say(f"{removal.what} {removal.name}: {removal.bytes:,} bytes")
+        of_runs = f" (measured by run {', '.join(map(str, removal.runs))}, which stays)" if removal.runs else ""
+        console.say(f"{removal.what} {removal.name}: {removal.bytes:,} bytes{of_runs}")
     verb = "would be removed" if dry_run else "removed"
     console.say(f"{len(removed)} item(s), {sum(r.bytes for r in removed):,} bytes {verb}.")
 

@@ -48,4 +48,5 @@ def record_measurement(
         summary={**summary(found), **more},
         environment=found.environment,
         artifacts=artifacts,
+        measured=found.candidate,
     )

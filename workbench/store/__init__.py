@@ -104,6 +104,11 @@ class Store:
         """Return the place for finished parts of the analysis of that key."""
         return Checkpoint(self.home, key)
 
+    def model_folder(self, name: str) -> Path:
+        """Where a sitting keeps its compressed model of that name, replaced by every run; ``gc`` bounds them all."""
+        plain = "".join(c if c.isalnum() or c in "-_." else "-" for c in name).lstrip(".")
+        return self.home / files.COMPRESSED / (plain or "model")
+
     def record_run(
         self,
         kind: RunKind,
@@ -115,6 +120,7 @@ class Store:
         summary: Mapping[str, Any] | None = None,
         environment: Mapping[str, Any] | None = None,
         artifacts: Mapping[str, Path | str] | None = None,
+        measured: Path | str | None = None,
     ) -> int:
         """Record one run.
 
@@ -127,6 +133,8 @@ class Store:
             summary: the numbers that tables and dashboards show. NaN and infinity are kept as None.
             environment: ``measure.environment()``.
             artifacts: role to an artifact in this store: its path, its key, or ``kind/key``.
+            measured: folder of the compressed model that was measured; one that the store keeps (``model_folder``) is
+                removed last by ``gc``.
 
         Returns:
             The run's number.
@@ -134,6 +142,9 @@ class Store:
         Raises:
             InputError: an unknown kind, a value without a JSON form, or an artifact that is not in the store.
         """
+        summary = dict(summary or {})
+        if measured is not None and Path(measured).absolute().parent == self.home / files.COMPRESSED:
+            summary[runs.KEPT_MODEL] = Path(measured).name
         return runs.record(
             self._database,
             kind,
@@ -141,7 +152,7 @@ class Store:
             model=model,
             method=method,
             recipe_sha256=recipe_sha256,
-            summary=summary or {},
+            summary=summary,
             environment=environment or {},
             used=artifacts or {},
         )
@@ -171,6 +182,7 @@ class Store:
             n_runs = connection.execute(select(func.count()).select_from(database.runs)).scalar_one()
         rows = self._artifacts.rows()
         checkpoints = list((self.home / "checkpoints").glob("*"))
+        models = cleaning.kept_models(self.home, self._database)
         quarantined = list((self.home / "quarantine").glob("*"))
         warnings = self._database.warnings()
         if quarantined:
@@ -186,6 +198,8 @@ class Store:
             "runs": n_runs,
             "artifacts": len(rows),
             "artifact_bytes": sum({row.sha256: row.bytes for row in rows}.values()),
+            "compressed_models": len(models),
+            "compressed_bytes": sum(model.bytes for model in models),
             "checkpoints": len(checkpoints),
             "checkpoint_bytes": sum(files.size_of(path) for path in checkpoints),
             "quarantined": len(quarantined),
@@ -215,11 +229,13 @@ class Store:
         """Remove what is not needed, and return what was removed.
 
         Always: temporary files, checkpoints and quarantined files untouched for a day, and files that no artifact
-        names. What a run uses stays, whatever the bounds.
+        names. An artifact that a run uses stays, whatever the bounds; a compressed model that a run measured goes only
+        when the bound cannot be met otherwise, and the run keeps its numbers.
 
         Args:
-            max_bytes: remove least recently used artifacts until the rest is at most this large.
-            older_than_days: remove artifacts that were last used longer ago.
+            max_bytes: remove least recently used artifacts and compressed models until the rest of both is at most
+                this large.
+            older_than_days: remove artifacts and compressed models that were last used longer ago.
             dry_run: remove nothing, only say what would be.
         """
         return cleaning.clean(

@@ -6,7 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from workbench.errors import InputError
@@ -21,13 +21,25 @@ ABANDONED_AFTER_S = 24 * 3600  # no single file takes a day to write; a killed p
 class Removal:
     """One thing removed (or, in a dry run, to be removed).
 
-    ``what`` is ``artifact``, ``object`` (a file that no artifact names), ``tmp``, ``checkpoint`` or ``quarantine``;
-    ``bytes`` is what the disk gets back, 0 where another artifact keeps the same file.
+    ``what`` is ``artifact``, ``compressed`` (a compressed model), ``object`` (a file that no artifact names), ``tmp``,
+    ``checkpoint`` or ``quarantine``; ``bytes`` is what the disk gets back, 0 where another artifact keeps the same
+    file; ``runs`` are the runs that measured a compressed model, whose numbers stay.
     """
 
     what: str
     name: str
     bytes: int
+    runs: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class KeptModel:
+    """A compressed model in the store's home, last used when it was made; ``runs`` measured it."""
+
+    path: Path
+    bytes: int
+    last_used_at: datetime
+    runs: tuple[int, ...]
 
 
 def clean(
@@ -39,7 +51,7 @@ def clean(
     older_than_days: float | None,
     dry_run: bool,
 ) -> list[Removal]:
-    """Remove what a killed process left behind, then artifacts that no run uses; see ``Store.gc``."""
+    """Remove what a killed process left behind, then what is least recently used; see ``Store.gc``."""
     for name, value in (("max_bytes", max_bytes), ("older_than_days", older_than_days)):
         if value is not None and value < 0:
             raise InputError(f"{name}={value} is not possible: it must be at least 0.")
@@ -47,38 +59,87 @@ def clean(
     removed += _unnamed(home, artifacts, dry_run)
     rows = artifacts.rows()
     holders = Counter(row.sha256 for row in rows)
-    for row in _dispensable(database, rows, max_bytes, older_than_days):
-        holders[row.sha256] -= 1
-        freed = 0 if holders[row.sha256] else row.bytes
-        if dry_run or artifacts.drop_unused(row.kind, row.key):
-            removed.append(Removal("artifact", f"{row.kind}/{row.key}", freed))
+    for found in _dispensable(database, rows, kept_models(home, database), max_bytes, older_than_days):
+        if isinstance(found, KeptModel):
+            if dry_run or _drop_model(home, database, found):
+                removed.append(Removal("compressed", found.path.name, found.bytes, found.runs))
+            continue
+        holders[found.sha256] -= 1
+        freed = 0 if holders[found.sha256] else found.bytes
+        if dry_run or artifacts.drop_unused(found.kind, found.key):
+            removed.append(Removal("artifact", f"{found.kind}/{found.key}", freed))
     return removed
 
 
+def kept_models(home: Path, database: Database) -> list[KeptModel]:
+    """Return the compressed models in the store's home, least recently made first."""
+    with database.reading() as connection:
+        measured = runs.by_kept_model(connection)
+    found = []
+    for path in (home / files.COMPRESSED).glob("[!.]*"):
+        made = datetime.fromtimestamp(files.newest_change(path), UTC)
+        found.append(KeptModel(path, files.size_of(path), made, measured.get(path.name, ())))
+    return sorted(found, key=lambda model: (model.last_used_at, model.path.name))
+
+
 def _dispensable(
-    database: Database, rows: list[Artifact], max_bytes: int | None, older_than_days: float | None
-) -> Iterator[Artifact]:
-    """Yield artifacts to remove, least recently used first: those too old, then those above the bound."""
+    database: Database,
+    rows: list[Artifact],
+    models: list[KeptModel],
+    max_bytes: int | None,
+    older_than_days: float | None,
+) -> Iterator[Artifact | KeptModel]:
+    """Yield what to remove, least recently used first: what is too old, then what is above the bound.
+
+    Compressed models that a run measured come last, and for the bound alone.
+    """
     with database.reading() as connection:
         used = runs.referenced(connection)
     holders = Counter(row.sha256 for row in rows)
-    total = sum({row.sha256: row.bytes for row in rows}.values())
+    total = sum({row.sha256: row.bytes for row in rows}.values()) + sum(model.bytes for model in models)
     oldest = None if older_than_days is None else now() - timedelta(days=older_than_days)
-    for row in rows:
-        if (row.kind, row.key) in used:
-            continue
-        too_old = oldest is not None and row.last_used_at < oldest
+    free: list[Artifact | KeptModel] = [row for row in rows if (row.kind, row.key) not in used]
+    free += [model for model in models if not model.runs]
+    free.sort(key=lambda entry: entry.last_used_at)
+    for entry in [*free, *(model for model in models if model.runs)]:
+        measured = isinstance(entry, KeptModel) and bool(entry.runs)
+        too_old = oldest is not None and entry.last_used_at < oldest and not measured
         too_much = max_bytes is not None and total > max_bytes
-        if too_old or too_much:
-            holders[row.sha256] -= 1
-            total -= 0 if holders[row.sha256] else row.bytes
-            yield row
+        if not (too_old or too_much):
+            continue
+        if isinstance(entry, KeptModel):
+            total -= entry.bytes
+        else:
+            holders[entry.sha256] -= 1
+            total -= 0 if holders[entry.sha256] else entry.bytes
+        yield entry
+
+
+def _drop_model(home: Path, database: Database, model: KeptModel) -> bool:
+    """Remove a compressed model as a whole; False where it was made again or measured since it was chosen."""
+    with database.changing() as connection, files.disk_errors(f"Removing {model.path}"):
+        changed = datetime.fromtimestamp(files.newest_change(model.path), UTC) != model.last_used_at
+        if changed or runs.by_kept_model(connection).get(model.path.name, ()) != model.runs:
+            return False
+        with files.scratch(home) as temporary:  # out of sight first, so that nobody opens half a model
+            try:
+                model.path.rename(temporary)
+            except FileNotFoundError:
+                return False
+    return True
 
 
 def _abandoned(home: Path, dry_run: bool) -> Iterator[Removal]:
     limit = time.time() - ABANDONED_AFTER_S
-    for what, folder in (("tmp", "tmp"), ("checkpoint", "checkpoints"), ("quarantine", "quarantine")):
-        for path in sorted((home / folder).glob("*")):
+    # A process that is killed while it writes a compressed model leaves a hidden folder beside it.
+    places = (
+        ("tmp", "tmp", "*"),
+        ("checkpoint", "checkpoints", "*"),
+        ("quarantine", "quarantine", "*"),
+        ("tmp", files.COMPRESSED, ".*"),
+    )
+    for what, folder, pattern in places:
+        for path in sorted((home / folder).glob(pattern)):
             if files.newest_change(path) < limit:
                 size = files.size_of(path)
                 if not dry_run:

@@ -14,6 +14,8 @@ from pathlib import Path
 
 from workbench.errors import InputError, StoreError
 
+COMPRESSED = "compressed"  # folder of the compressed models that a sitting keeps in the store's home
+
 _NAME = re.compile(r"[a-z0-9_-]{1,128}")
 _ELSEWHERE = "set WORKBENCH_HOME to a folder that you can write to"
 _MAKE_ROOM = "free some space (`workbench store gc` helps), or set WORKBENCH_HOME to another disk"

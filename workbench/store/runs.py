@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 RunKind = Literal["demo", "measure", "bench", "analysis"]
 RUN_KINDS: tuple[RunKind, ...] = get_args(RunKind)
+KEPT_MODEL = "kept_model"  # entry of a summary: name of the compressed model in the store's home that was measured
 COLUMNS = ("id", "created_at", "kind", "name", "model", "method", "recipe_sha256")
 
 
@@ -123,6 +124,15 @@ def referenced(connection: Connection) -> set[tuple[str, str]]:
     """Return (kind, key) of every artifact that a run uses."""
     links = connection.execute(select(run_artifacts.c.kind, run_artifacts.c.key))
     return {(link.kind, link.key) for link in links}
+
+
+def by_kept_model(connection: Connection) -> dict[str, tuple[int, ...]]:
+    """Return name of a compressed model in the store's home -> the runs that measured it."""
+    name = runs.c.summary[KEPT_MODEL].as_string()
+    found: dict[str, tuple[int, ...]] = {}
+    for number, model in connection.execute(select(runs.c.id, name).where(name.is_not(None)).order_by(runs.c.id)):
+        found[model] = (*found.get(model, ()), number)
+    return found
 
 
 def _check_kind(kind: str) -> str:

@@ -281,8 +281,7 @@ class Controller:
         """Where a run puts the compressed model."""
         if self._out is not None:
             return self._out
-        name = "".join(c if c.isalnum() or c in "-_." else "-" for c in Path(self._state.model).name)
-        return self._store.home / "compressed" / (name or "model")
+        return self._store.model_folder(Path(self._state.model).name)
 
     # Solving -------------------------------------------------------------------------------------------------------
 
