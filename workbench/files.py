@@ -3,11 +3,35 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import json
 import os
 import uuid
 from pathlib import Path
+from typing import Any
 
 from workbench.errors import InputError, StoreError
+
+_REASONS = {
+    errno.ENOSPC: "the disk is full: free some space, or choose a folder on another disk",
+    errno.EDQUOT: "the disk quota is used up: free some space, or choose a folder on another disk",
+    errno.EROFS: "the disk is read-only: choose another folder",
+    errno.EACCES: "no permission to write there: choose another folder",
+    errno.EPERM: "no permission to write there: choose another folder",
+    errno.ENOTDIR: "a file is in the way: choose another folder",
+    errno.EEXIST: "a file is in the way: choose another folder",
+    errno.EISDIR: "a folder is in the way: choose another name",
+    errno.ENAMETOOLONG: "the name is too long: choose a shorter one",
+}
+
+
+def refusal(path: Path, error: Exception) -> StoreError:
+    """Return the one-line error for a disk that refuses to write ``path``."""
+    number = error.errno if isinstance(error, OSError) else None
+    if f"(os error {errno.ENOSPC})" in str(error):  # safetensors wraps the system's error in its own
+        number = errno.ENOSPC
+    reason = _REASONS.get(number or 0, f"{' '.join(str(error).split())}: choose another folder")
+    return StoreError(f"Cannot write {path}: {reason}.")
 
 
 def check_output_file(path: str | Path, *, suffixes: tuple[str, ...] = ()) -> Path:
@@ -32,7 +56,7 @@ def check_output_file(path: str | Path, *, suffixes: tuple[str, ...] = ()) -> Pa
         probe.touch()
         probe.unlink()
     except OSError as error:
-        raise StoreError(f"Cannot write to {target.parent} ({error.strerror}): choose another folder.") from error
+        raise refusal(target, error) from error
     return target
 
 
@@ -64,7 +88,12 @@ def write_whole(path: Path, content: str | bytes) -> None:
             os.fsync(file.fileno())
         os.replace(beside, path)
     except OSError as error:
-        raise StoreError(f"Cannot write {path} ({error.strerror}): free some space or choose another place.") from error
+        raise refusal(path, error) from error
     finally:
         with contextlib.suppress(OSError):  # what could not be written beside need not be removed
             beside.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON values for people and programs, as ``write_whole``; ``ValueError`` for NaN, which JSON has not."""
+    write_whole(path, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 
 from workbench.errors import Cancelled, InputError, ModelError
+from workbench.measure import measure
 from workbench.models import LoadedModel
 from workbench.operate.sensitivity import SensitivityOptions
 from workbench.progress import Job
@@ -18,6 +20,7 @@ from workbench.store import Store
 from workbench.view import controller as controller_module
 from workbench.view import loop, panels
 from workbench.view.controller import Controller, State
+from workbench.view.demo import DemoOptions, Measuring
 from workbench.view.loop import Settings
 
 QUICK = Settings(looking=SensitivityOptions(n_prompts=1, new_tokens=4, score_windows=2, score_tokens=32))
@@ -187,3 +190,12 @@ def test_panels_escape_what_comes_from_outside(tmp_path: Path) -> None:
 )
 def test_sizes_read_well(count: int, said: str) -> None:
     assert panels.size(count) == said
+
+
+@pytest.mark.parametrize("chosen", [Settings(pairs=3, timed_tokens=5, threads=1), DemoOptions(pairs=3, timed_tokens=5)])
+def test_settings_are_arguments_of_measure(chosen: Measuring) -> None:
+    given = inspect.signature(measure).bind("folder", seed=0, job=None, **chosen.arguments).arguments
+    assert given["pairs"] == 3
+    assert given["new_tokens"] == 5
+    assert given["n_windows"] == chosen.n_windows
+    assert given["threads"] == chosen.threads

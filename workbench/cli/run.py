@@ -10,7 +10,7 @@ import typer
 from workbench.cli import console
 from workbench.cli.look import Json, ModelName, Quiet, require_text
 from workbench.errors import InputError
-from workbench.files import check_folder, check_output_file
+from workbench.files import check_folder, check_output_file, write_json
 
 if TYPE_CHECKING:
     from workbench.progress import Job
@@ -205,8 +205,6 @@ def measure(
         number = record_measurement(store, "measure", found, name=Path(folder).name)
     value = {**found.to_json(), "run": number, "tasks": few_shot}
     if target is not None:
-        from workbench.measure.bench import write_json
-
         write_json(target, console.plain(value))
     if as_json:
         console.show_json(value)

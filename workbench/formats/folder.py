@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import os
 import shutil
@@ -12,21 +11,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from workbench.errors import InputError, IntegrityError, StoreError
+from workbench.files import refusal as refusal
 
 MANIFEST = "compressed.json"
 _SPARE_BYTES = 1 << 20  # beside the weights: JSON, tokenizer, file system blocks
-
-_REASONS = {
-    errno.ENOSPC: "the disk is full: free some space, or choose a folder on another disk",
-    errno.EDQUOT: "the disk quota is used up: free some space, or choose a folder on another disk",
-    errno.EROFS: "the disk is read-only: choose another folder",
-    errno.EACCES: "no permission to write there: choose another folder",
-    errno.EPERM: "no permission to write there: choose another folder",
-    errno.ENOTDIR: "a file is in the way: choose another folder",
-    errno.EEXIST: "a file is in the way: choose another folder",
-    errno.EISDIR: "a folder is in the way: choose another name",
-    errno.ENAMETOOLONG: "the name is too long: choose a shorter one",
-}
 
 
 def is_compressed(path: Path | str) -> bool:
@@ -35,15 +23,6 @@ def is_compressed(path: Path | str) -> bool:
         return (Path(path) / MANIFEST).is_file()
     except (OSError, ValueError):  # a name that no file can have
         return False
-
-
-def refusal(path: Path, error: Exception) -> StoreError:
-    """Return the one-line error for a disk that refuses to write ``path``."""
-    number = error.errno if isinstance(error, OSError) else None
-    if f"(os error {errno.ENOSPC})" in str(error):  # safetensors wraps the system's error in its own
-        number = errno.ENOSPC
-    reason = _REASONS.get(number or 0, f"{' '.join(str(error).split())}: choose another folder")
-    return StoreError(f"Cannot write {path}: {reason}.")
 
 
 def check_output_folder(path: Path | str, *, need_bytes: int = 0, overwrite: bool = False) -> Path:

@@ -5,10 +5,7 @@ A bench is a function from a ``BenchContext`` to rows, registered by name in a m
 
 from __future__ import annotations
 
-import json
-import os
 import pkgutil
-import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -16,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from workbench.errors import InputError, WorkbenchError, suggest
-from workbench.formats.folder import refusal
+from workbench.files import check_output_file, write_json
 from workbench.measure.environment import check_threads, environment
 from workbench.measure.rows import ROW_KEYS, plain
 from workbench.progress import Job
@@ -171,40 +168,3 @@ def complete_rows(chosen: Bench, rows: Iterable[Mapping[str, Any]], text_name: s
                 f"The bench '{chosen.name}' was asked for the text '{text_name}' and used '{given['text']}'."
             )
     return complete
-
-
-def check_output_file(path: Path | str) -> Path:
-    """Return the absolute path if a file can be written there; call it before long work. Leaves nothing behind.
-
-    Raises:
-        InputError: a folder is there.
-        StoreError: no permission, a read-only disk, or a folder that cannot be made.
-    """
-    target = Path(path).expanduser().absolute()
-    if target.is_dir():
-        raise InputError(f"{target} is a folder: give the name of a file in it.")
-    parent = next(folder for folder in target.parents if folder.exists())
-    probe = parent / f".{uuid.uuid4().hex}"
-    try:
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise refusal(target, error) from error
-    return target
-
-
-def write_json(target: Path, value: Any) -> None:
-    """Write JSON to a temporary sibling, flush it, and rename it: readers see the old file or the new one."""
-    temporary = target.parent / f".{target.name}.{uuid.uuid4().hex}"
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "w", encoding="utf-8") as file:
-            json.dump(value, file, indent=1, ensure_ascii=False, allow_nan=False)
-            file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
-    except OSError as error:
-        raise refusal(target, error) from error
-    finally:
-        temporary.unlink(missing_ok=True)

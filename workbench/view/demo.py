@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 
 from workbench.apply.compress import compress
 from workbench.apply.recipe import Budget, Recipe
-from workbench.files import write_whole
+from workbench.files import write_json
 from workbench.formats.compressed import CompressedModel
 from workbench.measure import Measurement, measure
 from workbench.measure.rows import plain
@@ -28,31 +27,52 @@ from workbench.view.texts import Generation, pieces
 
 
 @dataclass(frozen=True)
-class DemoOptions:
+class Measuring:
+    """How much is measured against dense.
+
+    Attributes:
+        engine: ``auto`` or a name.
+        threads: of the engine while it is measured; None for one per usable core.
+        n_windows, window_length: evaluation windows and their tokens.
+        pairs, timed_tokens: interleaved timing pairs, and decoding steps per side and pair.
+    """
+
+    engine: str = "auto"
+    threads: int | None = None
+    n_windows: int = 48
+    window_length: int = 192
+    pairs: int = 20
+    timed_tokens: int = 8
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """The same as arguments of ``measure``."""
+        return {
+            "engine": self.engine,
+            "threads": self.threads,
+            "n_windows": self.n_windows,
+            "window_length": self.window_length,
+            "pairs": self.pairs,
+            "new_tokens": self.timed_tokens,
+        }
+
+
+@dataclass(frozen=True)
+class DemoOptions(Measuring):
     """What the demonstration does, and how much of it.
 
     Attributes:
         model: name or path of the dense model.
         bits: budget in average effective bits.
         text: evaluation text.
-        engine: ``auto`` or a name.
-        threads: of the engine; None for one per usable core.
         new_tokens: decoding steps per prompt, looked at and shown.
-        n_windows, window_length: evaluation windows and their tokens.
-        pairs, timed_tokens: interleaved timing pairs, and decoding steps per side and pair.
         seed: of everything drawn.
     """
 
     model: str = "smollm2-135m"
     bits: float = 4.5
     text: str = "prose"
-    engine: str = "auto"
-    threads: int | None = None
     new_tokens: int = 64
-    n_windows: int = 48
-    window_length: int = 192
-    pairs: int = 20
-    timed_tokens: int = 8
     seed: int = 0
 
 
@@ -78,21 +98,10 @@ def run_demo(folder: Path, options: DemoOptions, store: Store, job: Job) -> dict
     compressed = CompressedModel.load(folder / "model")
     generations = side_by_side(model, compressed, chosen_prompts(looking), options.new_tokens, job)
     del model, compressed  # measuring opens both by itself
-    found = measure(
-        folder / "model",
-        text=options.text,
-        n_windows=options.n_windows,
-        window_length=options.window_length,
-        pairs=options.pairs,
-        new_tokens=options.timed_tokens,
-        threads=options.threads,
-        engine=options.engine,
-        seed=options.seed,
-        job=job,
-    )
+    found = measure(folder / "model", text=options.text, seed=options.seed, job=job, **options.arguments)
     number = record_measurement(store, "demo", found, name=f"demo at {options.bits:g} bits")
     result = plain(demo_record(found, recipe, number))
-    write_whole(folder / "demo.json", json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+    write_json(folder / "demo.json", result)
     _write_report(folder / "report.html", seen, recipe, found, generations)
     return result
 

@@ -24,31 +24,23 @@ from workbench.operate.sensitivity import look as look_at
 from workbench.operate.solving import recipe_from_profile, trade_off
 from workbench.progress import Job
 from workbench.store import Store
-from workbench.view.demo import side_by_side
+from workbench.view.demo import Measuring, side_by_side
 from workbench.view.texts import Generation
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(Measuring):
     """How much is looked at and measured in one sitting.
 
     Attributes:
         looking: prompts, widths, group size, calibration windows.
         output_bits: of embedding and output layer.
-        n_windows, window_length: evaluation windows and their tokens.
-        pairs, timed_tokens: interleaved timing pairs, and decoding steps per side and pair.
-        engine: ``auto`` or a name.
-        threads: of the engine while it is measured; None for one per usable core.
     """
 
     looking: SensitivityOptions = field(default_factory=lambda: SensitivityOptions(n_prompts=2, new_tokens=40))
     output_bits: int = 8
     n_windows: int = 8
-    window_length: int = 192
     pairs: int = 10
-    timed_tokens: int = 8
-    engine: str = "auto"
-    threads: int | None = None
 
 
 @dataclass(frozen=True)
@@ -147,17 +139,6 @@ def try_recipe(model: LoadedModel, recipe: Recipe, folder: Path, settings: Setti
     compressed = CompressedModel.load(folder)
     looking = settings.looking
     generations = side_by_side(model, compressed, chosen_prompts(looking), looking.new_tokens, job)
-    found = measure(
-        folder,
-        model,
-        n_windows=settings.n_windows,
-        window_length=settings.window_length,
-        pairs=settings.pairs,
-        new_tokens=settings.timed_tokens,
-        threads=settings.threads,
-        engine=settings.engine,
-        seed=looking.seed,
-        job=job,
-    )
+    found = measure(folder, model, seed=looking.seed, job=job, **settings.arguments)
     number = record_measurement(store, "measure", found, name=f"notebook, {found.sizes.effective_bits:.2f} bits")
     return Trial(recipe, folder, generations, found, number)

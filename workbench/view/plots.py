@@ -27,6 +27,7 @@ from workbench.view.style import (
     UNIT_COLORS,
     VERMILLION,
     escape,
+    interval_bars,
     join,
 )
 
@@ -247,13 +248,7 @@ def _measured_trace(measured: pd.DataFrame, hover: str) -> dict[str, object]:
         "hovertemplate": hover,
     }
     if "kl_low" in measured and "kl_high" in measured:
-        trace["error_y"] = {
-            "type": "data",
-            "symmetric": False,
-            "array": measured["kl_high"] - measured["kl_mean"],
-            "arrayminus": measured["kl_mean"] - measured["kl_low"],
-            "thickness": 1.5,
-        }
+        trace["error_y"] = interval_bars(measured["kl_low"], measured["kl_mean"], measured["kl_high"])
     return trace
 
 

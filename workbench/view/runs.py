@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
-from workbench.view.style import COLORWAY, DENSE_COLOR, GREY, TEMPLATE, escape
+from workbench.view.style import COLORWAY, DENSE_COLOR, GREY, TEMPLATE, escape, interval_bars
 
 if TYPE_CHECKING:
     from workbench.store import Store
@@ -291,13 +291,7 @@ def pareto_of_runs(runs: pd.DataFrame, chosen: int | None = None) -> go.Figure:
         figure.add_scatter(
             x=group["bytes_ratio"],
             y=group["perplexity_ratio"],
-            error_y={
-                "type": "data",
-                "symmetric": False,
-                "array": (group["perplexity_high"] - group["perplexity_ratio"]).fillna(0),
-                "arrayminus": (group["perplexity_ratio"] - group["perplexity_low"]).fillna(0),
-                "thickness": 1.5,
-            },
+            error_y=interval_bars(group["perplexity_low"], group["perplexity_ratio"], group["perplexity_high"]),
             mode="markers",
             name=escape(_short(str(method))),
             marker={

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import html
 from collections.abc import Iterable
+from typing import Any
 
+import pandas as pd
 import plotly.graph_objects as go
 import plotly.io as pio
 
@@ -86,3 +88,14 @@ def subtitle(provenance: Provenance, *parts: str) -> str:
 def join(parts: Iterable[object]) -> str:
     """Escape the parts and join them with a middle dot, leaving out empty ones."""
     return " · ".join(escape(part) for part in parts if str(part))
+
+
+def interval_bars(low: pd.Series, middle: pd.Series, high: pd.Series) -> dict[str, Any]:
+    """Error bars from ``low`` to ``high``; where an end is not known there is none."""
+    return {
+        "type": "data",
+        "symmetric": False,
+        "array": (high - middle).fillna(0),
+        "arrayminus": (middle - low).fillna(0),
+        "thickness": 1.5,
+    }
