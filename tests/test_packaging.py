@@ -38,7 +38,7 @@ MACHINE = re.compile(r"(?<![\w./~$}-])(" + "|".join(map(re.escape, FOLDERS)) + r
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Iterator[zipfile.ZipFile]:
     """The project's wheel, built by its own back end without a network."""
     folder = tmp_path_factory.mktemp("wheel")
-    build = f"import hatchling.build; print(hatchling.build.build_wheel({str(folder)!r}))"
+    build = f"import scikit_build_core.build as back; print(back.build_wheel({str(folder)!r}))"
     subprocess.run([sys.executable, "-c", build], cwd=ROOT, check=True, capture_output=True)
     (path,) = folder.glob("*.whl")
     with zipfile.ZipFile(path) as archive:

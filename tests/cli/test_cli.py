@@ -17,7 +17,7 @@ import pytest
 
 from workbench.cli import main
 from workbench.models import LoadedModel
-from workbench.models.build import save_tokenizer
+from workbench.models.tokenizer import save_tokenizer
 from workbench.store import Store
 
 

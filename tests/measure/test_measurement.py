@@ -23,8 +23,26 @@ from workbench.models import LoadedModel, load
 def found(model_folder: Path, compressed_folder: Path) -> Measurement:
     # The dense model is found through the compressed one.
     return measure(
-        compressed_folder, n_windows=3, window_length=64, pairs=2, new_tokens=2, threads=1, ask_questions=True
+        compressed_folder,
+        n_windows=3,
+        window_length=64,
+        pairs=2,
+        new_tokens=2,
+        threads=1,
+        engine="reference",
+        ask_questions=True,
     )
+
+
+def test_the_cpu_engine_streams_the_dense_model_as_it_is_on_disk(model_folder: Path, compressed_folder: Path) -> None:
+    found = measure(compressed_folder, n_windows=2, window_length=64, pairs=2, new_tokens=2, threads=1)
+    dense, candidate = found.dense_row(), found.row()
+    assert dense["engine"] == candidate["engine"] == "cpu"
+    assert (dense["method"], candidate["activation_mode"]) == ("bf16", "int8")
+    # What is read is what this engine's layout holds: rows padded to whole tiles, a byte for a zero point.
+    assert candidate["effective_bits"] < candidate["read_bits"] < 2 * candidate["effective_bits"]
+    assert candidate["bytes_per_token"] < dense["bytes_per_token"]
+    assert 0 < candidate["kl_mean"] < 5
 
 
 def test_rows_have_the_keys_of_every_bench_and_agree_with_the_parts(found: Measurement) -> None:

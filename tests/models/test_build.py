@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from workbench.errors import ModelError
-from workbench.models.build import assign, empty_module, load_tokenizer, plain_config, save_tokenizer
+from workbench.models.build import assign, empty_module, plain_config
+from workbench.models.tokenizer import load_tokenizer, save_tokenizer
 
 FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "gemma3_text", "phi3", "opt"]
 TEXT = "Hello 2024  12 worlds\n\n日本語 <|im_start|>x"

@@ -7,7 +7,7 @@ import sys
 
 import torch
 
-from workbench.models.build import load_tokenizer, save_tokenizer
+from workbench.models.tokenizer import load_tokenizer, save_tokenizer
 
 
 def test_it_is_the_model_it_says(embedded_model):

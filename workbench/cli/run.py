@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from workbench.progress import Job
 
 Threads = Annotated[int | None, typer.Option(min=1, help="Threads of the engines; one per usable core if not given.")]
-EngineName = Annotated[str, typer.Option(help="auto or reference.")]
+EngineName = Annotated[str, typer.Option(help="auto, reference or cpu.")]
 
 
 def register(app: typer.Typer) -> None:
@@ -127,7 +127,7 @@ def generate(
     from workbench.runtime.base import Sampler
 
     sampler = Sampler(temperature, top_k, top_p)
-    name = choose_engine(engine)
+    choose_engine(engine)
     if not prompt.strip():
         raise InputError("The prompt is empty: say what to ask.")
     from workbench.runtime import open_engine
@@ -144,7 +144,7 @@ def generate(
         console.show_json(
             {
                 "model": loaded.name,
-                "engine": name,
+                "engine": opened.name,
                 "tokens": reply,
                 "text": loaded.decode(reply),
                 "prompt_tokens": len(ids),
@@ -156,7 +156,7 @@ def generate(
     console.say(loaded.decode(reply))
     if per_token is not None:
         console.err.print(
-            f"{len(reply)} tokens, {per_token:.1f} ms each on the {name} engine (one run, no claim: use measure)"
+            f"{len(reply)} tokens, {per_token:.1f} ms each on the {opened.name} engine (one run, no claim: use measure)"
         )
 
 

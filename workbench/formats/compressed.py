@@ -19,22 +19,24 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from workbench.errors import InputError, IntegrityError, ModelError
+from workbench.errors import IntegrityError, ModelError
 from workbench.formats import bnb as bnb  # its encodings register themselves
 from workbench.formats import manifest
 from workbench.formats.encodings import Encoding, Tensors, from_parts
-from workbench.formats.folder import MANIFEST, check_file, file_sha256, is_compressed, new_folder, refusal
+from workbench.formats.folder import MANIFEST, file_sha256, is_compressed, new_folder, refusal
 from workbench.formats.manifest import Base, EncodingRecord, FileRecord, Manifest
+from workbench.formats.stored import CONFIG, WEIGHTS, check_folder
 from workbench.models.base import Architecture
-from workbench.models.build import TOKENIZER_FILES, config_from_dict, load_tokenizer, save_tokenizer
+from workbench.models.build import config_from_dict
 from workbench.models.families import architecture
+from workbench.models.tokenizer import load_tokenizer, save_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 __all__ = ["Base", "CompressedModel", "is_compressed"]
 
-WEIGHTS, CONFIG, FIT = "weights.safetensors", "config.json", "fit.json"
+FIT = "fit.json"
 _EMBEDDING, _OUTPUT, _OTHERS = "embedding", "output", "others."
 
 
@@ -190,19 +192,7 @@ class CompressedModel:
             ModelError: written in a format that this version does not read.
             IntegrityError: missing, changed or damaged files; the message names the file.
         """
-        folder = Path(path).expanduser().absolute()
-        if not is_compressed(folder):
-            raise InputError(f"No compressed model at {folder}: a folder with {MANIFEST} in it is needed.")
-        record = manifest.read(folder / MANIFEST)
-        for name in (WEIGHTS, CONFIG, *TOKENIZER_FILES[:2]):
-            if name not in record.files:
-                raise IntegrityError(f"{folder / MANIFEST} does not list {name}: the model is incomplete.")
-        for name in TOKENIZER_FILES:
-            if name not in record.files and (folder / name).exists():
-                raise IntegrityError(f"{folder / name} is not part of the stored model: remove it.")
-        for name, file in record.files.items():
-            check_file(folder, name, file.size, file.sha256 if verify else None)
-        config = manifest.read_json(folder / CONFIG)
+        folder, record, config = check_folder(path, verify)
         parts, others = _read_tensors(folder / WEIGHTS)
         records = {**record.linears, _EMBEDDING: record.embedding}
         if record.output is not None:

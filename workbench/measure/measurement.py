@@ -68,8 +68,8 @@ def measure(
     """
     job = job or Job()
     threads = check_threads(threads)
-    name = choose_engine(engine)
     candidate = CompressedModel.load(compressed)
+    name = choose_engine(engine, candidate)
     if name not in candidate.engines:
         raise EngineError(
             f"The engine '{name}' cannot run {compressed}: its weights need one of {', '.join(candidate.engines)}."
@@ -85,8 +85,10 @@ def measure(
 
     name_of_model, dense_sizes, sizes = model.name, Sizes.of_dense(model), Sizes.of_compressed(candidate)
     fit_seconds = candidate.fit_seconds
+    # The dense model is bf16 on disk. An engine that streams it so is timed so; the reference for quality is fp32.
+    dense_dtype = "bfloat16" if name == "cpu" else "float32"
     sides = [
-        Target(model.source, name="dense", engine=name),
+        Target(model.source, name="dense", engine=name, dtype=dense_dtype),
         Target(candidate.folder or compressed, name="compressed", engine=name),
     ]
     del model, candidate  # the timing process loads both itself: a third copy here would only take its memory

@@ -15,7 +15,7 @@ from workbench.progress import Job
 
 if TYPE_CHECKING:
     from workbench.corpus import Question
-    from workbench.models.base import LoadedModel
+    from workbench.models.base import TextModel
     from workbench.runtime.base import Engine
 
 # How a question is put, and what separates the answer from it, by language; others are put as in English.
@@ -144,7 +144,7 @@ def _score_choices(engine: Engine, question: Question) -> np.ndarray:
     return np.array(scores)
 
 
-def _encode(model: LoadedModel, question: Question) -> tuple[list[list[int]], int]:
+def _encode(model: TextModel, question: Question) -> tuple[list[list[int]], int]:
     """Tokens of question and choice together, one list per choice, and how many leading tokens are given.
 
     A tokenizer may merge the end of the question with the start of a choice. All choices are therefore scored from

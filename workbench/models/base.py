@@ -119,8 +119,42 @@ class Fingerprint:
     weights: str
 
 
+class TextModel:
+    """What engines and measurements need of a model beside its weights: its names, its tokens, its tokenizer."""
+
+    name: str
+    source: str
+    tokenizer: PreTrainedTokenizerBase
+    architecture: Architecture
+    fingerprint: Fingerprint
+    bos: int | None
+    stop_tokens: tuple[int, ...]
+
+    def encode(self, text: str, *, bos: bool = True) -> list[int]:
+        """Token ids of plain text; begins with the beginning-of-sequence token where the model has one."""
+        ids = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        return [self.bos, *ids] if bos and self.bos is not None else list(ids)
+
+    def encode_chat(self, prompt: str | Sequence[Mapping[str, str]]) -> list[int]:
+        """Token ids of a user prompt (or a list of messages) in the model's chat template, ready for the reply.
+
+        A model without a chat template gets the plain text.
+        """
+        messages: Any = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+        if getattr(self.tokenizer, "chat_template", None) is None:
+            return self.encode("\n".join(m["content"] for m in messages))
+        text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        if self.bos is not None and (not ids or ids[0] != self.bos):
+            ids = [self.bos, *ids]
+        return list(ids)
+
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        return self.tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens)  # type: ignore[return-value]
+
+
 @dataclass
-class LoadedModel:
+class LoadedModel(TextModel):
     """A transformers model ready to be looked into, with everything that quietly ruins numbers settled.
 
     Attributes:
@@ -156,28 +190,6 @@ class LoadedModel:
 
     def block(self, index: int) -> nn.Module:
         return self.module.get_submodule(f"{self.architecture.blocks_path}.{index}")
-
-    def encode(self, text: str, *, bos: bool = True) -> list[int]:
-        """Token ids of plain text; begins with the beginning-of-sequence token where the model has one."""
-        ids = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        return [self.bos, *ids] if bos and self.bos is not None else list(ids)
-
-    def encode_chat(self, prompt: str | Sequence[Mapping[str, str]]) -> list[int]:
-        """Token ids of a user prompt (or a list of messages) in the model's chat template, ready for the reply.
-
-        A model without a chat template gets the plain text.
-        """
-        messages: Any = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
-        if getattr(self.tokenizer, "chat_template", None) is None:
-            return self.encode("\n".join(m["content"] for m in messages))
-        text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        if self.bos is not None and (not ids or ids[0] != self.bos):
-            ids = [self.bos, *ids]
-        return list(ids)
-
-    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
-        return self.tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens)  # type: ignore[return-value]
 
     @property
     def n_parameters(self) -> int:

@@ -9,7 +9,7 @@ from typing import Any
 from workbench.errors import WorkbenchError
 from workbench.measure.energy import find_counter
 from workbench.measure.environment import environment
-from workbench.runtime import ENGINES
+from workbench.runtime import why_not_cpu
 from workbench.store import Store
 
 
@@ -48,10 +48,19 @@ _OPTIONAL = (
 )
 
 
+def _cpu_engine() -> Check:
+    why = why_not_cpu()
+    if why is not None:
+        return Check("engine cpu", False, why)
+    from workbench.runtime.cpu_build import kernels
+
+    return Check("engine cpu", True, f"a whole decoder step in compiled code; instruction sets {kernels().isas()}")
+
+
 def examine() -> Examination:
     """Look at the machine, the optional packages and the store; nothing is changed and nothing is downloaded."""
     facts = environment()
-    checks = [Check(f"engine {name}", True, "PyTorch, any model and method; the truth, and slow") for name in ENGINES]
+    checks = [Check("engine reference", True, "PyTorch, any model and method; the truth, and slow"), _cpu_engine()]
     for module, purpose, remedy in _OPTIONAL:
         there = importlib.util.find_spec(module) is not None
         checks.append(Check(module, there, purpose if there else f"{purpose} - {remedy}"))

@@ -12,7 +12,7 @@ from workbench.progress import Job
 from workbench.runtime.plan import Plan, Policy
 
 if TYPE_CHECKING:
-    from workbench.models.base import LoadedModel
+    from workbench.models.base import TextModel
 
 ActivationMode = Literal["fp32", "bf16", "int8"]
 
@@ -56,6 +56,8 @@ class StepTrace:
     seconds: float
     read_bytes: int
     decisions: dict[str, Any] = field(default_factory=dict)
+    touched_bytes: int = 0
+    parts: dict[str, float] = field(default_factory=dict)
 
 
 class EngineSequence(Protocol):
@@ -76,12 +78,14 @@ class Engine(Protocol):
     architecture, fingerprint and stop tokens.
     """
 
-    model: LoadedModel
     name: str
     activation_mode: ActivationMode
     plan: Plan
     vocab_size: int
     context_length: int
+
+    @property
+    def model(self) -> TextModel: ...
 
     def start(self, *, seed: int = 0, replay: Sequence[dict[str, Any]] | None = None) -> Any:
         """Return an empty sequence. ``replay`` gives recorded decisions per position to use instead of deciding."""

@@ -1,0 +1,377 @@
+// The Python face of the decoder. Arrays come in as numpy, results go out as numpy; the GIL is released while computing.
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/array.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/pair.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
+#include <nanobind/stl/unique_ptr.h>
+#include <nanobind/stl/vector.h>
+
+#include <chrono>
+#include <cmath>
+#include <memory>
+#include <stdexcept>
+#include <string>
+
+#include "decoder.hpp"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+
+namespace {
+
+using wb::Decoder;
+using wb::Sequence;
+
+template <class T, class... Extra>
+using In = nb::ndarray<const T, nb::numpy, nb::c_contig, nb::device::cpu, Extra...>;
+using Bytes2 = In<std::uint8_t, nb::ndim<2>>;
+using Halves2 = In<std::uint16_t, nb::ndim<2>>;
+using Floats1 = In<float, nb::ndim<1>>;
+using Floats2 = In<float, nb::ndim<2>>;
+using Tokens = In<std::int32_t, nb::ndim<1>>;
+
+nb::object new_array(std::vector<std::size_t> shape, const float* values) {
+  std::size_t n = 1;
+  for (const std::size_t d : shape) n *= d;
+  auto* copy = new float[n > 0 ? n : 1];
+  std::copy(values, values + n, copy);
+  nb::capsule owner(copy, [](void* p) noexcept { delete[] static_cast<float*>(p); });
+  return nb::cast(nb::ndarray<nb::numpy, float>(copy, shape.size(), shape.data(), owner));
+}
+
+int checked(std::size_t n) {
+  if (n > 0x7FFFFFFF) throw std::invalid_argument("A matrix is too large for the cpu engine.");
+  return static_cast<int>(n);
+}
+
+void shape(const char* what, std::size_t have_rows, std::size_t have, std::size_t rows, std::size_t columns) {
+  if (have_rows != rows || have != columns) throw std::invalid_argument(std::string(what) + " do not fit the codes' shape.");
+}
+
+wb::GroupSource group_source(Bytes2 packed, int in, int bits, int group, std::optional<Halves2> scales16, std::optional<Floats2> scales32,
+                             std::optional<Bytes2> zeros, std::optional<Halves2> minima16, std::optional<Floats2> minima32, bool planes, bool nested) {
+  if (bits < 2 || bits > 8 || group < 1 || in < 1) throw std::invalid_argument("Codes need 2 to 8 bits, a group size and inputs.");
+  const std::size_t out = packed.shape(0), groups = (static_cast<std::size_t>(in) + std::min(group, in) - 1) / static_cast<std::size_t>(std::min(group, in));
+  shape("codes", out, packed.shape(1), out, (static_cast<std::size_t>(in) * static_cast<std::size_t>(bits) + 7) / 8);
+  wb::GroupSource source;
+  source.packed = packed.data();
+  source.packed_row = packed.shape(1);
+  source.bits = bits;
+  source.group = group;
+  source.planes = planes;
+  source.nested = nested;
+  if (scales16.has_value() == scales32.has_value()) throw std::invalid_argument("Scales are needed once, as fp16 or fp32.");
+  if (scales16) {
+    shape("scales", scales16->shape(0), scales16->shape(1), out, groups);
+    source.scales16 = scales16->data();
+  } else {
+    shape("scales", scales32->shape(0), scales32->shape(1), out, groups);
+    source.scales32 = scales32->data();
+  }
+  if (zeros) {
+    shape("zero points", zeros->shape(0), zeros->shape(1), out, (groups * static_cast<std::size_t>(bits) + 7) / 8);
+    source.packed_zeros = zeros->data();
+    source.packed_zeros_row = zeros->shape(1);
+  }
+  if (minima16) {
+    shape("minima", minima16->shape(0), minima16->shape(1), out, groups);
+    source.minima16 = minima16->data();
+  }
+  if (minima32) {
+    shape("minima", minima32->shape(0), minima32->shape(1), out, groups);
+    source.minima32 = minima32->data();
+  }
+  return source;
+}
+
+struct TapRecord {
+  std::string site;
+  int position, n, width;
+  std::vector<float> rows;
+};
+
+// A decoder with what the bindings add: recorded taps and one buffer of logits.
+class Engine {
+ public:
+  explicit Engine(wb::DecoderSpec spec) : decoder(std::move(spec)) {}
+
+  Decoder decoder;
+  std::vector<TapRecord> taps;
+  std::vector<float> logits;  // of the last pass, rows in the order they were wanted
+
+  void set_tap(bool on) {
+    taps.clear();
+    if (!on) {
+      decoder.set_tap(nullptr);
+      return;
+    }
+    decoder.set_tap([this](const std::string& site, int position, const float* rows, int n, int width) {
+      taps.push_back({site, position, n, width, std::vector<float>(rows, rows + static_cast<std::size_t>(n) * static_cast<std::size_t>(width))});
+    });
+  }
+
+  // Run tokens of one sequence in passes; `visit` sees logits by offset into the tokens.
+  template <class Visit>
+  void feed(Sequence& sequence, const std::int32_t* tokens, std::size_t n, Decoder::Logits logits_of, Visit visit) {
+    for (std::size_t begin = 0; begin < n; begin += wb::kMaxRows) {
+      const std::size_t count = std::min<std::size_t>(wb::kMaxRows, n - begin);
+      auto want = logits_of;
+      if (want == Decoder::Logits::last && begin + count < n) want = Decoder::Logits::none;
+      decoder.run({{&sequence, tokens + begin, static_cast<int>(count)}}, want,
+                  [&](int row, const float* values) { visit(begin + static_cast<std::size_t>(row), values); });
+    }
+  }
+
+  nb::object prefill(Sequence& sequence, Tokens tokens) {
+    const auto vocab = static_cast<std::size_t>(decoder.spec().vocab);
+    logits.resize(vocab);
+    {
+      nb::gil_scoped_release free;
+      feed(sequence, tokens.data(), tokens.shape(0), Decoder::Logits::last, [&](std::size_t, const float* values) { std::copy(values, values + vocab, logits.begin()); });
+    }
+    return new_array({vocab}, logits.data());
+  }
+
+  nb::object all_logits(Sequence& sequence, Tokens tokens) {
+    const auto vocab = static_cast<std::size_t>(decoder.spec().vocab);
+    logits.resize(vocab * tokens.shape(0));
+    {
+      nb::gil_scoped_release free;
+      feed(sequence, tokens.data(), tokens.shape(0), Decoder::Logits::all,
+           [&](std::size_t row, const float* values) { std::copy(values, values + vocab, logits.begin() + static_cast<std::ptrdiff_t>(row * vocab)); });
+    }
+    return new_array({tokens.shape(0), vocab}, logits.data());
+  }
+
+  // Log-probabilities of targets: targets[i] follows tokens[i]; as many targets as tokens, the last may be -1.
+  nb::object score(Sequence& sequence, Tokens tokens, Tokens targets) {
+    const std::size_t n = tokens.shape(0);
+    if (targets.shape(0) != n) throw std::invalid_argument("Each token needs its target.");
+    const int vocab = decoder.spec().vocab;
+    for (std::size_t i = 0; i < n; ++i)
+      if (targets.data()[i] >= vocab) throw std::invalid_argument("A target is not in the vocabulary.");
+    std::vector<float> found(n, 0.0f);
+    {
+      nb::gil_scoped_release free;
+      const auto& k = decoder.kernels();
+      feed(sequence, tokens.data(), n, Decoder::Logits::all, [&](std::size_t row, const float* values) {
+        const int target = targets.data()[row];
+        if (target >= 0) found[row] = static_cast<float>(static_cast<double>(values[target]) - k.log_sum_exp(values, vocab));
+      });
+    }
+    return new_array({n}, found.data());
+  }
+
+  nb::object step(std::vector<Sequence*> sequences, Tokens tokens) {
+    const auto vocab = static_cast<std::size_t>(decoder.spec().vocab);
+    const std::size_t n = sequences.size();
+    if (tokens.shape(0) != n) throw std::invalid_argument("One token for each sequence is needed.");
+    for (std::size_t i = 0; i < n; ++i)
+      for (std::size_t j = 0; j < i; ++j)
+        if (sequences[i] == sequences[j]) throw std::invalid_argument("A sequence can be in a step only once.");
+    logits.resize(vocab * n);
+    {
+      nb::gil_scoped_release free;
+      for (std::size_t begin = 0; begin < n; begin += wb::kMaxRows) {
+        std::vector<Decoder::Feed> feeds;
+        for (std::size_t i = begin; i < std::min(n, begin + wb::kMaxRows); ++i) feeds.push_back({sequences[i], tokens.data() + i, 1});
+        decoder.run(feeds, Decoder::Logits::last, [&](int row, const float* values) {
+          std::copy(values, values + vocab, logits.begin() + static_cast<std::ptrdiff_t>((begin + static_cast<std::size_t>(row)) * vocab));
+        });
+      }
+    }
+    return new_array({n, vocab}, logits.data());
+  }
+
+  // Feed one token and choose the next; -1 where the logits are NaN.
+  int step_sample(Sequence& sequence, int token, double temperature, int top_k, double top_p, double uniform) {
+    nb::gil_scoped_release free;
+    int chosen = -1;
+    decoder.run({{&sequence, &token, 1}}, Decoder::Logits::last,
+                [&](int, const float* values) { chosen = wb::sample(values, decoder.spec().vocab, {temperature, top_k, top_p}, uniform); });
+    return chosen;
+  }
+};
+
+nb::tuple trace_row(const wb::RowTrace& row) {
+  return nb::make_tuple(row.position, row.token, row.seconds, row.read_bytes, row.touched_bytes,
+                        nb::make_tuple(row.parts[0], row.parts[1], row.parts[2], row.parts[3], row.parts[4]), row.decisions);
+}
+
+// Bytes per second of reading `bytes` with all threads of a pool, best of `repeats`.
+double bandwidth(int threads, std::size_t bytes, int repeats) {
+  nb::gil_scoped_release free;
+  const auto& k = wb::kernels(wb::choose_isa("auto"));
+  wb::Arena arena;
+  bytes = wb::round_up(bytes, 4096 * static_cast<std::size_t>(threads));
+  auto* data = arena.take<std::uint8_t>(bytes);
+  wb::Pool pool(threads);
+  const std::size_t part = bytes / static_cast<std::size_t>(threads);
+  pool.run([&](int t) { std::memset(data + part * static_cast<std::size_t>(t), 1, part); });
+  double best = 0;
+  std::vector<float> sums(static_cast<std::size_t>(threads) * 16);
+  for (int i = 0; i < repeats; ++i) {
+    const auto started = std::chrono::steady_clock::now();
+    pool.run([&](int t) { sums[static_cast<std::size_t>(t) * 16] += k.read_all(data + part * static_cast<std::size_t>(t), part); });
+    const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - started).count();
+    best = std::max(best, static_cast<double>(bytes) / seconds);
+  }
+  return std::isnan(sums[0]) ? 0.0 : best;
+}
+
+}  // namespace
+
+NB_MODULE(_cpu, m) {
+  m.doc() = "Compute kernels and decoder of the cpu engine.";
+  m.attr("MAX_ROWS") = wb::kMaxRows;
+  m.def("isas", [] {
+    std::vector<std::string> names;
+    for (const auto isa : wb::available_isas()) names.emplace_back(wb::isa_name(isa));
+    return names;
+  });
+  m.def("bandwidth", &bandwidth, "threads"_a, "bytes"_a = std::size_t{1} << 30, "repeats"_a = 5);
+  m.def(
+      "sample",
+      [](Floats1 logits, double temperature, int top_k, double top_p, double uniform) {
+        return wb::sample(logits.data(), checked(logits.shape(0)), {temperature, top_k, top_p}, uniform);
+      },
+      "logits"_a, "temperature"_a, "top_k"_a, "top_p"_a, "uniform"_a);
+
+  // One product, for tests of the kernels: y = W x for rows of x, by codes, with int8 or fp32 activations.
+  m.def(
+      "group_product",
+      [](Bytes2 packed, int in, int bits, int group, std::optional<Halves2> scales16, std::optional<Floats2> scales32, std::optional<Bytes2> zeros,
+         std::optional<Halves2> minima16, std::optional<Floats2> minima32, bool planes, bool nested, Floats2 x, int read_bits, bool exact,
+         const std::string& isa) {
+        wb::Arena arena;
+        const auto source = group_source(packed, in, bits, group, scales16, scales32, zeros, minima16, minima32, planes, nested);
+        const wb::Matrix w = wb::make_groups(arena, checked(packed.shape(0)), in, source);
+        const auto& k = wb::kernels(wb::choose_isa(isa));
+        const std::size_t n = x.shape(0);
+        const auto& at = w.grouping;
+        if (x.shape(1) != static_cast<std::size_t>(in)) throw std::invalid_argument("x does not fit the codes' shape.");
+        const std::size_t width = static_cast<std::size_t>(w.tiles) * wb::kRows;
+        wb::Array<float> y(n * width), space(n * static_cast<std::size_t>(at.padded + at.n_blocks + at.n_groups));
+        wb::Array<std::int8_t> q(n * static_cast<std::size_t>(at.padded));
+        wb::Array<std::uint8_t> active(n * static_cast<std::size_t>(at.n_blocks));
+        std::vector<wb::Activation> rows(n);
+        std::vector<float*> to(n);
+        for (std::size_t i = 0; i < n; ++i) {
+          float* scale = space.data() + i * static_cast<std::size_t>(at.padded + at.n_blocks + at.n_groups);
+          float *sum = scale + at.n_blocks, *copy = sum + at.n_groups;
+          std::int8_t* codes = q.data() + i * static_cast<std::size_t>(at.padded);
+          std::uint8_t* is_active = active.data() + i * static_cast<std::size_t>(at.n_blocks);
+          const float* from = x.data() + i * static_cast<std::size_t>(in);
+          if (exact) k.pad(at, from, copy, sum, is_active);
+          else k.quantize(at, from, codes, scale, sum, is_active);
+          rows[i] = {copy, codes, nullptr, scale, sum, is_active};
+          to[i] = y.data() + i * width;
+        }
+        (exact ? k.groups_f32 : k.groups_int8)(w, read_bits, rows.data(), checked(n), to.data(), false, 0, w.tiles);
+        std::vector<float> result;
+        for (std::size_t i = 0; i < n; ++i) result.insert(result.end(), to[i], to[i] + packed.shape(0));
+        return new_array({n, packed.shape(0)}, result.data());
+      },
+      "packed"_a, "inputs"_a, "bits"_a, "group_size"_a, "scales16"_a.none(), "scales32"_a.none(), "zeros"_a.none(), "minima16"_a.none(),
+      "minima32"_a.none(), "planes"_a, "nested"_a, "x"_a, "read_bits"_a, "exact"_a, "isa"_a);
+
+  nb::class_<Sequence>(m, "Sequence")
+      .def("__init__", [](Sequence* self, Engine& engine) { new (self) Sequence(engine.decoder); }, "engine"_a, nb::keep_alive<1, 2>())
+      .def_prop_ro("position", &Sequence::position)
+      .def_prop_ro("tokens", [](const Sequence& s) { return s.tokens; })
+      .def_prop_ro("cache_bytes", &Sequence::cache_bytes)
+      .def_rw("prompt_length", &Sequence::prompt_length)
+      .def("trace_length", [](const Sequence& s) { return s.trace.size(); })
+      .def("trace_row", [](const Sequence& s, std::size_t i) { return trace_row(s.trace.at(i)); })
+      .def("fix", [](Sequence& s, const Engine& engine, int slot, Floats1 values) {
+        const auto& decider = engine.decoder.deciders().at(static_cast<std::size_t>(slot));
+        if (values.shape(0) != static_cast<std::size_t>(decider.program->size())) throw std::invalid_argument("A slot's value has the wrong size.");
+        std::copy(values.data(), values.data() + values.shape(0), s.held.fixed.begin() + decider.first);
+        s.held.is_fixed[static_cast<std::size_t>(slot)] = 1;
+      })
+      .def("replay", [](Sequence& s, const Engine& engine, Floats2 rows) {
+        if (rows.shape(1) != static_cast<std::size_t>(engine.decoder.slot_width()) || rows.shape(0) == 0)
+          throw std::invalid_argument("Recorded decisions need a row of slot values per position.");
+        s.held.replay.assign(rows.data(), rows.data() + rows.shape(0) * rows.shape(1));
+        s.held.replay_rows = checked(rows.shape(0));
+      });
+
+  nb::class_<Engine>(m, "Engine")
+      .def("__init__",
+           [](Engine* self, int blocks, int hidden, int heads, int kv_heads, int head_dim, int neurons, int vocab, int context, bool layer_norm,
+              float epsilon, const std::string& function, bool gated, float embedding_scale, float attention_scale, float softcap, int rotary_dim,
+              int position_offset, bool exact, int threads, std::vector<int> cores, std::string isa) {
+             wb::DecoderSpec s;
+             s.blocks = blocks, s.hidden = hidden, s.heads = heads, s.kv_heads = kv_heads, s.head_dim = head_dim, s.neurons = neurons;
+             s.vocab = vocab, s.context = context, s.layer_norm = layer_norm, s.epsilon = epsilon, s.gated = gated;
+             s.embedding_scale = embedding_scale, s.attention_scale = attention_scale, s.softcap = softcap;
+             s.rotary_dim = rotary_dim, s.position_offset = position_offset, s.exact = exact, s.threads = threads;
+             s.cores = std::move(cores), s.isa = std::move(isa);
+             if (function == "relu") s.function = wb::Function::relu;
+             else if (function == "silu") s.function = wb::Function::silu;
+             else if (function == "gelu_tanh") s.function = wb::Function::gelu_tanh;
+             else if (function == "gelu") s.function = wb::Function::gelu;
+             else throw std::invalid_argument("Unknown activation function '" + function + "'.");
+             new (self) Engine(std::move(s));
+           },
+           nb::kw_only(), "blocks"_a, "hidden"_a, "heads"_a, "kv_heads"_a, "head_dim"_a, "neurons"_a, "vocab"_a, "context"_a, "layer_norm"_a,
+           "epsilon"_a, "function"_a, "gated"_a, "embedding_scale"_a, "attention_scale"_a, "softcap"_a, "rotary_dim"_a, "position_offset"_a,
+           "exact"_a, "threads"_a, "cores"_a, "isa"_a)
+      .def(
+          "set_groups",
+          [](Engine& e, const std::string& name, Bytes2 packed, int in, int bits, int group, std::optional<Halves2> scales16,
+             std::optional<Floats2> scales32, std::optional<Bytes2> zeros, std::optional<Halves2> minima16, std::optional<Floats2> minima32,
+             bool planes, bool nested) {
+            e.decoder.set_groups(name, checked(packed.shape(0)), in,
+                                 group_source(packed, in, bits, group, scales16, scales32, zeros, minima16, minima32, planes, nested));
+          },
+          "name"_a, "packed"_a, "inputs"_a, "bits"_a, "group_size"_a, "scales16"_a.none() = nb::none(), "scales32"_a.none() = nb::none(),
+          "zeros"_a.none() = nb::none(), "minima16"_a.none() = nb::none(), "minima32"_a.none() = nb::none(), "planes"_a = false, "nested"_a = false)
+      .def("set_f32", [](Engine& e, const std::string& name, Floats2 w) { e.decoder.set_f32(name, checked(w.shape(0)), checked(w.shape(1)), w.data()); })
+      .def("set_bf16", [](Engine& e, const std::string& name, Halves2 w) { e.decoder.set_bf16(name, checked(w.shape(0)), checked(w.shape(1)), w.data()); })
+      .def("set_vector", [](Engine& e, const std::string& name, Floats1 v) { e.decoder.set_vector(name, v.data(), v.shape(0)); })
+      .def("add_rope", [](Engine& e, Floats1 f, float factor) { return e.decoder.add_rope({f.data(), f.data() + f.shape(0)}, factor); })
+      .def("set_attention", [](Engine& e, int block, int rope, int window) { e.decoder.set_attention(block, rope, window); })
+      .def("add_scale", [](Engine& e, const std::string& name, Floats1 v) { e.decoder.add_transform(name, {wb::TransformKind::scale, {v.data(), v.data() + v.shape(0)}, {}}); })
+      .def("add_order", [](Engine& e, const std::string& name, In<std::int64_t, nb::ndim<1>> v) { e.decoder.add_transform(name, {wb::TransformKind::order, {}, {v.data(), v.data() + v.shape(0)}}); })
+      .def("add_rotation", [](Engine& e, const std::string& name, Floats2 v) { e.decoder.add_transform(name, {wb::TransformKind::rotation, {v.data(), v.data() + v.shape(0) * v.shape(1)}, {}}); })
+      .def("add_decider",
+           [](Engine& e, const std::string& tap, int block, const std::string& scope, int every, float initial, const std::string& program,
+              std::vector<float> numbers, std::optional<Floats2> matrix, std::vector<int> positions) {
+             wb::Decider d;
+             d.tap = tap == "residual" ? wb::TapKind::residual : tap == "block_input" ? wb::TapKind::block_input : wb::TapKind::attention_output;
+             d.scope = scope == "reply" ? wb::ScopeKind::reply : scope == "every" ? wb::ScopeKind::every : wb::ScopeKind::token;
+             d.block = block, d.every = std::max(every, 1), d.initial = initial;
+             if (program == "norm_threshold" && numbers.size() == 3) d.program = wb::norm_threshold(numbers[0], numbers[1], numbers[2]);
+             else if (program == "projection_mask" && matrix && numbers.size() == 1)
+               d.program = wb::projection_mask({matrix->data(), matrix->data() + matrix->shape(0) * matrix->shape(1)}, checked(matrix->shape(0)),
+                                               checked(matrix->shape(1)), static_cast<int>(numbers[0]));
+             else if (program == "position_table") d.program = wb::position_table(std::move(positions), std::move(numbers));
+             else throw std::invalid_argument("Unknown program '" + program + "'.");
+             e.decoder.add_decider(std::move(d));
+           },
+           "tap"_a, "block"_a, "scope"_a, "every"_a, "initial"_a, "program"_a, "numbers"_a, "matrix"_a.none(), "positions"_a)
+      .def("add_consumer", [](Engine& e, int slot, const std::string& kind, const std::string& target, std::vector<int> widths) { e.decoder.add_consumer(slot, kind, target, std::move(widths)); })
+      .def("finish", [](Engine& e) { e.decoder.finish(); })
+      .def("prefill", &Engine::prefill)
+      .def("all_logits", &Engine::all_logits)
+      .def("score", &Engine::score)
+      .def("step", &Engine::step)
+      .def("step_sample", &Engine::step_sample)
+      .def("set_tap", &Engine::set_tap)
+      .def("take_taps",
+           [](Engine& e) {
+             nb::list out;
+             for (const auto& tap : e.taps)
+               out.append(nb::make_tuple(tap.site, tap.position, new_array({static_cast<std::size_t>(tap.n), static_cast<std::size_t>(tap.width)}, tap.rows.data())));
+             e.taps.clear();
+             return out;
+           })
+      .def_prop_ro("weight_bytes", [](const Engine& e) { return e.decoder.weight_bytes(); })
+      .def_prop_ro("linear_bytes", [](const Engine& e) { return e.decoder.linear_bytes(); })
+      .def_prop_ro("output_bytes", [](const Engine& e) { return e.decoder.output_bytes(); })
+      .def_prop_ro("isa", [](const Engine& e) { return std::string(wb::isa_name(e.decoder.isa())); });
+}

@@ -1,0 +1,161 @@
+// A whole decoder step: rows of tokens in, logits out, all of it inside one call and one set of threads.
+//
+// It knows no model by name. What differs between architectures (norms, positions, gates, windows) is data.
+#pragma once
+
+#include <array>
+#include <atomic>
+#include <functional>
+#include <map>
+#include <memory>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "kernels.hpp"
+#include "matrix.hpp"
+#include "plan.hpp"
+#include "pool.hpp"
+#include "sampling.hpp"
+
+namespace wb {
+
+inline constexpr int kMaxRows = 128;  // rows of one pass; longer prompts take several
+
+struct DecoderSpec {
+  int blocks = 0, hidden = 0, heads = 0, kv_heads = 0, head_dim = 0, neurons = 0, vocab = 0, context = 0;
+  bool layer_norm = false;       // with mean and bias; else root mean square
+  float epsilon = 1e-5f;
+  Function function = Function::silu;
+  bool gated = true;
+  float embedding_scale = 1, attention_scale = 1, softcap = 0;
+  int rotary_dim = 0;            // 0: no rotary positions
+  int position_offset = 0;       // of learned positions
+  bool exact = false;            // fp32 activations and cache; else int8 activations (bf16 for bf16 weights), fp16 cache
+  int threads = 1;
+  std::vector<int> cores;
+  std::string isa = "auto";
+};
+
+enum class TransformKind : std::uint8_t { scale, order, rotation };
+
+struct Transform {
+  TransformKind kind;
+  std::vector<float> values;     // scale (in), rotation (in, in) row-major: y = x R
+  std::vector<std::int64_t> order;
+};
+
+// Parts of a step that are timed.
+enum Part { kLinears, kAttention, kOutput, kDeciders, kOther, kParts };
+
+// What one row did.
+struct RowTrace {
+  int position = 0, token = 0;
+  double seconds = 0;            // wall time of the pass, shared evenly among its rows
+  double read_bytes = 0;         // bytes of the blocks' linears that this row reads
+  std::array<double, kParts> parts{};  // seconds, likewise shared
+  double touched_bytes = 0;      // everything the pass read: linears, output layer, cache; shared evenly
+  std::vector<float> decisions;  // one value or mask after the other, in the order of the deciders
+};
+
+class Decoder;
+
+// One running text: cache, position, decisions, trace.
+class Sequence {
+ public:
+  explicit Sequence(Decoder& decoder);
+  Sequence(const Sequence&) = delete;
+  Sequence& operator=(const Sequence&) = delete;
+  int position() const { return static_cast<int>(tokens.size()); }
+  std::size_t cache_bytes() const;
+
+  std::vector<int> tokens;
+  int prompt_length = 0;
+  std::vector<RowTrace> trace;
+  Held held;
+
+ private:
+  friend class Decoder;
+  void grow(int positions);
+
+  const Decoder* owner_;
+  std::size_t key_bytes_, value_bytes_;
+  std::vector<Array<std::uint8_t>> store_;
+  std::vector<std::vector<void*>> keys_, values_;  // [block][piece]
+};
+
+class Decoder {
+ public:
+  explicit Decoder(DecoderSpec spec);
+  ~Decoder();
+
+  // Building. Names: "embedding", "output", "blocks.<i>.<q|k|v|o|gate|up|down>" for matrices; "positions" (rows of
+  // hidden), "final", "final.bias", "blocks.<i>.<input|post_attention|pre_mlp|post_mlp|q_norm|k_norm>" (with ".bias") for norms,
+  // and "blocks.<i>.<linear>.bias". Norms that are not set are not applied.
+  void set_groups(const std::string& name, int out, int in, const GroupSource& source);
+  void set_f32(const std::string& name, int out, int in, const float* rows);
+  void set_bf16(const std::string& name, int out, int in, const std::uint16_t* rows);
+  void set_vector(const std::string& name, const float* values, std::size_t n);
+  int add_rope(std::vector<float> frequencies, float factor);
+  void set_attention(int block, int rope, int window);  // rope -1: none; window 0: all positions
+  void add_transform(const std::string& linear, Transform transform);
+  // Deciders in the order of their slots; consumers name a slot, a kind and a target as the plan does.
+  void add_decider(Decider decider);
+  void add_consumer(int slot, const std::string& kind, const std::string& target, std::vector<int> widths);
+  void finish();
+
+  // Running. One call at a time; sequences must be of this decoder.
+  // Rows of several sequences may run together; of one sequence they must be consecutive positions.
+  // `last`: logits of each sequence's last row, else of all rows, handed over in turn as (row, logits).
+  using Visit = std::function<void(int row, const float* logits)>;
+  struct Feed {
+    Sequence* sequence;
+    const int* tokens;
+    int count;
+  };
+  enum class Logits { none, last, all };
+  void run(const std::vector<Feed>& feeds, Logits logits, const Visit& visit);
+
+  using Tap = std::function<void(const std::string& site, int position, const float* rows, int n, int width)>;
+  void set_tap(Tap tap) { tap_ = std::move(tap); }
+
+  const DecoderSpec& spec() const { return spec_; }
+  int slot_width() const { return slot_width_; }
+  const std::vector<Decider>& deciders() const { return deciders_; }
+  std::size_t weight_bytes() const { return arena_.used(); }
+  double output_bytes() const;
+  double linear_bytes() const { return linear_bytes_; }
+  Isa isa() const { return k_->isa; }
+  Pool& pool() { return *pool_; }
+  const Kernels& kernels() const { return *k_; }
+
+ private:
+  friend class Sequence;
+  struct Format;
+  struct LinearLayer;
+  struct Norm;
+  struct Block;
+  struct Pass;
+
+  LinearLayer& linear(const std::string& name);
+  const float* vector(const std::string& name, std::size_t n, bool required) const;
+  int format_of(const LinearLayer& layer);
+
+  DecoderSpec spec_;
+  const Kernels* k_;
+  std::unique_ptr<Pool> pool_;
+  Arena arena_;
+  std::vector<Block> blocks_;
+  std::unique_ptr<LinearLayer> embedding_, output_;
+  std::map<std::string, std::vector<float>> vectors_;
+  std::vector<std::pair<std::vector<float>, float>> ropes_;
+  std::vector<Decider> deciders_;
+  std::vector<Format> formats_;
+  int slot_width_ = 0;
+  bool has_consumers_ = false, finished_ = false;
+  double linear_bytes_ = 0;
+  Tap tap_;
+  std::unique_ptr<Pass> pass_;
+};
+
+}  // namespace wb

@@ -1,0 +1,22 @@
+#include "kernels.hpp"
+
+namespace wb {
+
+extern const Kernels kPortable;
+#if defined(WB_X86)
+extern const Kernels kAvx2;
+extern const Kernels kAvx512;
+extern const Kernels kAvx512Bf16;
+#endif
+
+const Kernels& kernels(Isa isa) {
+#if defined(WB_X86)
+  if (isa == Isa::avx2) return kAvx2;
+  if (isa == Isa::avx512) return kAvx512;
+  if (isa == Isa::avx512bf16) return kAvx512Bf16;
+#endif
+  (void)isa;
+  return kPortable;
+}
+
+}  // namespace wb

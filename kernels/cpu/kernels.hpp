@@ -1,0 +1,59 @@
+// The compute kernels of one instruction set, behind plain function pointers.
+#pragma once
+
+#include <cstdint>
+
+#include "isa.hpp"
+#include "matrix.hpp"
+
+namespace wb {
+
+enum class Function : std::uint8_t { relu, silu, gelu_tanh, gelu };
+
+// Keys and values of one block and sequence, in pieces of kPiece positions.
+// keys: [kv head][kPiece / 16][head_dim][16 positions]; values: [kv head][kPiece][value_dim], value_dim padded to 16.
+inline constexpr int kPiece = 64;
+
+struct CacheView {
+  void* const* keys = nullptr;    // one pointer per piece
+  void* const* values = nullptr;
+  int head_dim = 0;
+  int value_dim = 0;
+};
+
+struct Kernels {
+  Isa isa;
+
+  // y[i] (padded to whole tiles) = W x[i], or += where `add`, for tiles [first, last) and rows i < n.
+  // `bits` is the width to read of nested planes, 0 for all that is stored.
+  using Product = void (*)(const Matrix& w, int bits, const Activation* x, int n, float* const* y, bool add, int first,
+                           int last);
+  Product groups_int8;  // int8 activations, exact integer sums within a block of channels
+  Product groups_f32;   // fp32 activations
+  Product dense_f32;    // fp32 or bf16 weights, fp32 activations
+  Product dense_bf16;   // bf16 weights, bf16 activations
+
+  void (*rms_norm)(const float* x, const float* weight, int n, float eps, float* y);
+  void (*layer_norm)(const float* x, const float* weight, const float* bias, int n, float eps, float* y);
+  // Symmetric int8 per block of at most 64 channels: scale = max|x| / 127. NaN and infinity give a NaN scale.
+  void (*quantize)(const Grouping& at, const float* x, std::int8_t* q, float* scale, float* sum, std::uint8_t* active);
+  // Copy to the padded layout; sums per group and activity per block.
+  void (*pad)(const Grouping& at, const float* x, float* padded, float* sum, std::uint8_t* active);
+  void (*apply)(Function function, float* x, int n);
+  void (*apply_gated)(Function function, float* gate, const float* up, int n);  // gate = f(gate) * up
+  void (*add)(float* to, const float* from, int n);
+  // Softmax attention of `heads` query heads that share one key/value head, over positions [first, last].
+  // q, out: [heads][head_dim]; scores: scratch, heads * (16 * blocks touched) floats. Half: fp16 cache, else fp32.
+  using Attend = void (*)(const CacheView& cache, int kv_head, int first, int last, const float* q, int heads,
+                          float scale, float* out, float* scores);
+  Attend attend_f32;
+  Attend attend_f16;
+  void (*to_fp16)(const float* x, int n, std::uint16_t* y);
+  void (*to_bf16)(const float* x, int n, std::uint16_t* y);
+  double (*log_sum_exp)(const float* x, int n);
+  float (*read_all)(const void* p, std::size_t bytes);  // load everything, for measuring bandwidth
+};
+
+const Kernels& kernels(Isa isa);
+
+}  // namespace wb

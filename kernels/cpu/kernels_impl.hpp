@@ -1,0 +1,729 @@
+// The kernels, written once over sixteen lanes; each instruction set compiles this file with its own lanes.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <type_traits>
+
+#include "kernels.hpp"
+
+namespace wb {
+namespace {
+
+// Loops over the rows of a block: their sums must stay in registers, which needs the loops gone. Only where there are
+// registers for them: elsewhere it would cost minutes of compiling for nothing.
+#if defined(__GNUC__) && defined(__AVX512F__)
+#define WB_UNROLL _Pragma("GCC unroll 16")
+#else
+#define WB_UNROLL
+#endif
+
+// How far ahead of the weights in use the next ones are asked for: about what arrives while a cache miss is served.
+constexpr std::size_t kAhead = 3072;
+
+// Codes of a packed chunk, four channels (one part) at a time.
+template <class V, int Bits>
+struct Packed {
+  static constexpr int step = Bits * kRows * kChunk / 8;
+  static constexpr bool wide = Bits == 8;
+  const std::uint8_t* p;
+
+  Packed(const Matrix& w, int, int tile) : p(w.codes + static_cast<std::size_t>(tile) * w.tile_bytes) {}
+  void skip(int chunks) { p += static_cast<std::size_t>(chunks) * step; }
+  void prefetch() const {
+    for (int at = 0; at < step; at += 64) V::prefetch(p + kAhead + at);
+  }
+  template <int M>
+  typename V::B part() const {
+    if constexpr (Bits == 8) {
+      return V::bytes(p + 64 * M);
+    } else {
+      constexpr bool nibbles = Bits >= 4, crumbs = Bits == 2 || Bits == 3 || Bits == 6 || Bits == 7;
+      constexpr int crumb_bit = nibbles ? 4 : 0, plane_bit = crumb_bit + (crumbs ? 2 : 0);
+      constexpr int crumbs_at = nibbles ? 128 : 0, plane_at = crumbs_at + (crumbs ? 64 : 0);
+      typename V::B codes;
+      if constexpr (nibbles) {
+        const auto both = V::bytes(p + 64 * (M / 2));
+        codes = M % 2 == 0 ? V::low4(both) : V::high4(both);
+        if constexpr (crumbs) codes = V::either(codes, V::template crumb<M, crumb_bit>(V::bytes(p + crumbs_at)));
+      } else {
+        codes = V::template crumb<M, 0>(V::bytes(p));
+      }
+      if constexpr (Bits == 3 || Bits == 5 || Bits == 7) codes = V::add_plane(codes, p + plane_at + 8 * M, 1 << plane_bit);
+      return codes;
+    }
+  }
+};
+
+// The top planes of nested codes, each from its own array.
+template <class V, int Planes>
+struct Nested {
+  static constexpr bool wide = true;
+  static constexpr int step = kRows * kChunk / 8;
+  const std::uint8_t* p[Planes];
+  int values[Planes];
+
+  Nested(const Matrix& w, int, int tile) {
+    WB_UNROLL for (int j = 0; j < Planes; ++j) {
+      p[j] = w.codes + w.plane_bytes * static_cast<std::size_t>(j) + static_cast<std::size_t>(tile) * w.tile_bytes;
+      values[j] = 1 << (w.bits - 1 - j);
+    }
+  }
+  void skip(int chunks) {
+    WB_UNROLL for (int j = 0; j < Planes; ++j) p[j] += static_cast<std::size_t>(chunks) * step;
+  }
+  void prefetch() const {
+    WB_UNROLL for (int j = 0; j < Planes; ++j) V::prefetch(p[j] + kAhead / 4);
+  }
+  template <int M>
+  typename V::B part() const {
+    auto codes = V::bzero();
+    WB_UNROLL for (int j = 0; j < Planes; ++j) codes = V::add_plane(codes, p[j] + 8 * M, values[j]);
+    return codes;
+  }
+};
+
+template <class V>
+typename V::F group_scale(const Matrix& w, std::size_t lane) {
+  return w.scales16 != nullptr ? V::load_fp16(w.scales16 + lane) : V::load(w.scales32 + lane);
+}
+
+template <class V>
+typename V::F group_zero(const Matrix& w, std::size_t lane, float shift) {
+  return w.zeros != nullptr ? V::sub(V::load_u8(w.zeros + lane), V::set(shift)) : V::set(w.zero - shift);
+}
+
+// What dropped planes stood for, on average, in units of the parent's codes.
+inline float dropped_mean(const Matrix& w, int bits) {
+  return w.nested && bits > 0 ? 0.5f * static_cast<float>((1 << (w.bits - bits)) - 1) : 0.0f;
+}
+
+template <class V, int N>
+void put(const Matrix& w, int tile, const typename V::F* total, float* const* y, bool add) {
+  WB_UNROLL for (int n = 0; n < N; ++n) {
+    float* to = y[n] + static_cast<std::size_t>(tile) * kRows;
+    auto value = total[n];
+    if (w.bias != nullptr) value = V::add(value, V::load(w.bias + static_cast<std::size_t>(tile) * kRows));
+    V::store(to, add ? V::add(V::load(to), value) : value);
+  }
+}
+
+template <class V, class Codes, int N>
+void tile_int8(const Matrix& w, int bits, const Activation* x, float* const* y, bool add, int tile) {
+  using F = typename V::F;
+  // One row alone would wait for each integer sum in turn; more sums hide that.
+  constexpr int K = N == 1 ? 4 : N == 2 ? 2 : 1;
+  const Grouping& at = w.grouping;
+  const bool minima = w.minima16 != nullptr || w.minima32 != nullptr;
+  const float shift = dropped_mean(w, bits);
+  Codes codes(w, bits, tile);
+  F total[N];
+  WB_UNROLL for (int n = 0; n < N; ++n) total[n] = V::zero();
+  std::size_t lane = static_cast<std::size_t>(tile) * at.n_groups * kRows;
+  int channel = 0, block = 0;
+  for (int g = 0; g < at.n_groups; ++g, lane += kRows) {
+    F part[N];
+    WB_UNROLL for (int n = 0; n < N; ++n) part[n] = V::zero();
+    bool any = N > 1;
+    const int width = at.width(g);
+    for (int left = width; left > 0; left -= kBlock, ++block) {
+      const int chunks = std::min(left, kBlock) / kChunk;
+      if (N == 1 && x[0].active[block] == 0) {
+        codes.skip(chunks);
+        channel += chunks * kChunk;
+        continue;
+      }
+      any = true;
+      typename V::I sums[N][K];
+      WB_UNROLL for (int n = 0; n < N; ++n)
+        WB_UNROLL for (int k = 0; k < K; ++k) sums[n][k] = V::izero();
+      for (int c = 0; c < chunks; ++c, channel += kChunk) {
+        if constexpr (N <= 2) codes.prefetch();
+        {
+          const auto v = codes.template part<0>();
+          WB_UNROLL for (int n = 0; n < N; ++n) sums[n][0] = V::template dot<Codes::wide>(sums[n][0], v, x[n].q + channel);
+        }
+        {
+          const auto v = codes.template part<1>();
+          WB_UNROLL for (int n = 0; n < N; ++n) sums[n][1 % K] = V::template dot<Codes::wide>(sums[n][1 % K], v, x[n].q + channel + 4);
+        }
+        {
+          const auto v = codes.template part<2>();
+          WB_UNROLL for (int n = 0; n < N; ++n) sums[n][2 % K] = V::template dot<Codes::wide>(sums[n][2 % K], v, x[n].q + channel + 8);
+        }
+        {
+          const auto v = codes.template part<3>();
+          WB_UNROLL for (int n = 0; n < N; ++n) sums[n][3 % K] = V::template dot<Codes::wide>(sums[n][3 % K], v, x[n].q + channel + 12);
+        }
+        codes.skip(1);
+      }
+      WB_UNROLL for (int n = 0; n < N; ++n) {
+        auto sum = sums[n][0];
+        for (int k = 1; k < K; ++k) sum = V::iadd(sum, sums[n][k]);
+        part[n] = V::fma(V::to_float(sum), V::set(x[n].scale[block]), part[n]);
+      }
+    }
+    if (!any) continue;
+    const F scale = group_scale<V>(w, lane);
+    if (minima) {
+      const F minimum = w.minima16 != nullptr ? V::load_fp16(w.minima16 + lane) : V::load(w.minima32 + lane);
+      WB_UNROLL for (int n = 0; n < N; ++n)
+        total[n] = V::fma(minimum, V::set(x[n].sum[g]), V::fma(scale, part[n], total[n]));
+    } else {
+      const F zero = group_zero<V>(w, lane, shift);
+      WB_UNROLL for (int n = 0; n < N; ++n)
+        total[n] = V::fma(scale, V::fnma(zero, V::set(x[n].sum[g]), part[n]), total[n]);
+    }
+  }
+  put<V, N>(w, tile, total, y, add);
+}
+
+template <class V, class Codes, int M, int N>
+void part_f32(const Codes& codes, typename V::F zero, const Activation* x, int channel, typename V::F* sums) {
+  const auto v = codes.template part<M>();
+  const auto one = [&](auto k) {
+    const auto code = V::sub(V::template byte_lane<k.value>(v), zero);
+    WB_UNROLL for (int n = 0; n < N; ++n) sums[n] = V::fma(code, V::set(x[n].x[channel + 4 * M + k.value]), sums[n]);
+  };
+  one(std::integral_constant<int, 0>());
+  one(std::integral_constant<int, 1>());
+  one(std::integral_constant<int, 2>());
+  one(std::integral_constant<int, 3>());
+}
+
+template <class V, class Codes, int N>
+void tile_f32(const Matrix& w, int bits, const Activation* x, float* const* y, bool add, int tile) {
+  using F = typename V::F;
+  const Grouping& at = w.grouping;
+  const bool minima = w.minima16 != nullptr || w.minima32 != nullptr;
+  const float shift = dropped_mean(w, bits);
+  Codes codes(w, bits, tile);
+  F total[N];
+  WB_UNROLL for (int n = 0; n < N; ++n) total[n] = V::zero();
+  std::size_t lane = static_cast<std::size_t>(tile) * at.n_groups * kRows;
+  int channel = 0, block = 0;
+  for (int g = 0; g < at.n_groups; ++g, lane += kRows) {
+    const F zero = minima ? V::zero() : group_zero<V>(w, lane, shift);
+    F part[N];
+    WB_UNROLL for (int n = 0; n < N; ++n) part[n] = V::zero();
+    for (int left = at.width(g); left > 0; left -= kBlock, ++block) {
+      const int chunks = std::min(left, kBlock) / kChunk;
+      if (N == 1 && x[0].active[block] == 0) {
+        codes.skip(chunks);
+        channel += chunks * kChunk;
+        continue;
+      }
+      for (int c = 0; c < chunks; ++c, channel += kChunk) {
+        part_f32<V, Codes, 0, N>(codes, zero, x, channel, part);
+        part_f32<V, Codes, 1, N>(codes, zero, x, channel, part);
+        part_f32<V, Codes, 2, N>(codes, zero, x, channel, part);
+        part_f32<V, Codes, 3, N>(codes, zero, x, channel, part);
+        codes.skip(1);
+      }
+    }
+    const F scale = group_scale<V>(w, lane);
+    WB_UNROLL for (int n = 0; n < N; ++n) total[n] = V::fma(scale, part[n], total[n]);
+    if (minima) {
+      const F minimum = w.minima16 != nullptr ? V::load_fp16(w.minima16 + lane) : V::load(w.minima32 + lane);
+      WB_UNROLL for (int n = 0; n < N; ++n) total[n] = V::fma(minimum, V::set(x[n].sum[g]), total[n]);
+    }
+  }
+  put<V, N>(w, tile, total, y, add);
+}
+
+// Dense weights. Two sums each, so that a product does not wait for the one before it.
+template <class V, int N>
+void tile_dense_f32(const Matrix& w, int, const Activation* x, float* const* y, bool add, int tile) {
+  using F = typename V::F;
+  F total[N][2];
+  WB_UNROLL for (int n = 0; n < N; ++n) total[n][0] = total[n][1] = V::zero();
+  const std::uint8_t* base = w.codes + static_cast<std::size_t>(tile) * w.tile_bytes;
+  const int even = w.in & ~1;
+  if (w.kind == Kind::f32) {
+    const auto* p = reinterpret_cast<const float*>(base);
+    for (int c = 0; c < even; c += 2, p += 2 * kRows) {
+      if constexpr (N <= 2) V::prefetch(reinterpret_cast<const std::uint8_t*>(p) + kAhead), V::prefetch(reinterpret_cast<const std::uint8_t*>(p) + kAhead + 64);
+      const F a = V::load(p), b = V::load(p + kRows);
+      WB_UNROLL for (int n = 0; n < N; ++n) {
+        total[n][0] = V::fma(a, V::set(x[n].x[c]), total[n][0]);
+        total[n][1] = V::fma(b, V::set(x[n].x[c + 1]), total[n][1]);
+      }
+    }
+    if (even < w.in)
+      WB_UNROLL for (int n = 0; n < N; ++n) total[n][0] = V::fma(V::load(p), V::set(x[n].x[even]), total[n][0]);
+  } else {
+    for (int c = 0; c < even; c += 2, base += 64) {
+      const auto pair = V::bytes(base);
+      const F a = V::bf16_low(pair), b = V::bf16_high(pair);
+      WB_UNROLL for (int n = 0; n < N; ++n) {
+        total[n][0] = V::fma(a, V::set(x[n].x[c]), total[n][0]);
+        total[n][1] = V::fma(b, V::set(x[n].x[c + 1]), total[n][1]);
+      }
+    }
+    if (even < w.in) {
+      const F a = V::bf16_low(V::bytes(base));
+      WB_UNROLL for (int n = 0; n < N; ++n) total[n][0] = V::fma(a, V::set(x[n].x[even]), total[n][0]);
+    }
+  }
+  F sums[N];
+  WB_UNROLL for (int n = 0; n < N; ++n) sums[n] = V::add(total[n][0], total[n][1]);
+  put<V, N>(w, tile, sums, y, add);
+}
+
+template <class V, int N>
+void tile_dense_bf16(const Matrix& w, int, const Activation* x, float* const* y, bool add, int tile) {
+  using F = typename V::F;
+  F total[N][2];
+  WB_UNROLL for (int n = 0; n < N; ++n) total[n][0] = total[n][1] = V::zero();
+  const std::uint8_t* p = w.codes + static_cast<std::size_t>(tile) * w.tile_bytes;
+  const int pairs = (w.in + 1) / 2;
+  int c = 0;
+  for (; c + 1 < pairs; c += 2, p += 128) {
+    if constexpr (N <= 2) V::prefetch(p + kAhead), V::prefetch(p + kAhead + 64);
+    const auto a = V::bytes(p), b = V::bytes(p + 64);
+    WB_UNROLL for (int n = 0; n < N; ++n) {
+      total[n][0] = V::dot_bf16(total[n][0], a, x[n].b + 2 * c);
+      total[n][1] = V::dot_bf16(total[n][1], b, x[n].b + 2 * c + 2);
+    }
+  }
+  if (c < pairs)
+    WB_UNROLL for (int n = 0; n < N; ++n) total[n][0] = V::dot_bf16(total[n][0], V::bytes(p), x[n].b + 2 * c);
+  F sums[N];
+  WB_UNROLL for (int n = 0; n < N; ++n) sums[n] = V::add(total[n][0], total[n][1]);
+  put<V, N>(w, tile, sums, y, add);
+}
+
+// Rows are taken in the largest blocks that the registers hold: each block unpacks a tile's weights once.
+#define WB_FOR_ROWS(MOST, CALL)                                              \
+  for (int tile = first; tile < last; ++tile) {                              \
+    int i = 0;                                                               \
+    if constexpr (MOST >= 16)                                                \
+      for (; i + 16 <= n; i += 16) CALL(16)(w, bits, x + i, y + i, add, tile); \
+    for (; i + 8 <= n; i += 8) CALL(8)(w, bits, x + i, y + i, add, tile);    \
+    if (i + 4 <= n) {                                                        \
+      CALL(4)(w, bits, x + i, y + i, add, tile);                             \
+      i += 4;                                                                \
+    }                                                                        \
+    if (i + 2 <= n) {                                                        \
+      CALL(2)(w, bits, x + i, y + i, add, tile);                             \
+      i += 2;                                                                \
+    }                                                                        \
+    if (i < n) CALL(1)(w, bits, x + i, y + i, add, tile);                    \
+  }
+
+#define WB_PRODUCT_ARGUMENTS \
+  const Matrix &w, int bits, const Activation *x, int n, float *const *y, bool add, int first, int last
+
+template <class V, class Codes>
+void rows_int8(WB_PRODUCT_ARGUMENTS) {
+#define WB_CALL(N) tile_int8<V, Codes, N>
+  WB_FOR_ROWS(16, WB_CALL)
+#undef WB_CALL
+}
+
+template <class V, class Codes>
+void rows_f32(WB_PRODUCT_ARGUMENTS) {
+#define WB_CALL(N) tile_f32<V, Codes, N>
+  WB_FOR_ROWS(8, WB_CALL)
+#undef WB_CALL
+}
+
+template <class V>
+void dense_f32(WB_PRODUCT_ARGUMENTS) {
+#define WB_CALL(N) tile_dense_f32<V, N>
+  WB_FOR_ROWS(8, WB_CALL)
+#undef WB_CALL
+}
+
+template <class V>
+void dense_bf16(WB_PRODUCT_ARGUMENTS) {
+#define WB_CALL(N) tile_dense_bf16<V, N>
+  WB_FOR_ROWS(8, WB_CALL)
+#undef WB_CALL
+}
+
+// One switch from the matrix at hand to the code compiled for its width.
+#define WB_BY_WIDTH(NAME, ROWS)                                                       \
+  template <class V>                                                                  \
+  void NAME(WB_PRODUCT_ARGUMENTS) {                                                   \
+    if (w.kind == Kind::packed) {                                                     \
+      switch (w.bits) {                                                               \
+        case 2: return ROWS<V, Packed<V, 2>>(w, bits, x, n, y, add, first, last);     \
+        case 3: return ROWS<V, Packed<V, 3>>(w, bits, x, n, y, add, first, last);     \
+        case 4: return ROWS<V, Packed<V, 4>>(w, bits, x, n, y, add, first, last);     \
+        case 5: return ROWS<V, Packed<V, 5>>(w, bits, x, n, y, add, first, last);     \
+        case 6: return ROWS<V, Packed<V, 6>>(w, bits, x, n, y, add, first, last);     \
+        case 7: return ROWS<V, Packed<V, 7>>(w, bits, x, n, y, add, first, last);     \
+        default: return ROWS<V, Packed<V, 8>>(w, bits, x, n, y, add, first, last);    \
+      }                                                                               \
+    }                                                                                 \
+    switch (bits > 0 ? bits : w.bits) {                                               \
+      case 1: return ROWS<V, Nested<V, 1>>(w, bits, x, n, y, add, first, last);       \
+      case 2: return ROWS<V, Nested<V, 2>>(w, bits, x, n, y, add, first, last);       \
+      case 3: return ROWS<V, Nested<V, 3>>(w, bits, x, n, y, add, first, last);       \
+      case 4: return ROWS<V, Nested<V, 4>>(w, bits, x, n, y, add, first, last);       \
+      case 5: return ROWS<V, Nested<V, 5>>(w, bits, x, n, y, add, first, last);       \
+      case 6: return ROWS<V, Nested<V, 6>>(w, bits, x, n, y, add, first, last);       \
+      case 7: return ROWS<V, Nested<V, 7>>(w, bits, x, n, y, add, first, last);       \
+      default: return ROWS<V, Nested<V, 8>>(w, bits, x, n, y, add, first, last);      \
+    }                                                                                 \
+  }
+WB_BY_WIDTH(groups_int8, rows_int8)
+WB_BY_WIDTH(groups_f32, rows_f32)
+
+// Vectors ----------------------------------------------------------------------------------------------------------
+
+// The last, partial sixteen of a vector, with what lies past the end replaced.
+template <class V>
+typename V::F load_part(const float* p, int n, float rest) {
+  float buffer[16];
+  for (int i = 0; i < 16; ++i) buffer[i] = i < n ? p[i] : rest;
+  return V::load(buffer);
+}
+
+template <class V>
+void store_part(float* p, int n, typename V::F v) {
+  float buffer[16];
+  V::store(buffer, v);
+  for (int i = 0; i < n; ++i) p[i] = buffer[i];
+}
+
+// Apply op(F) -> F to every element.
+template <class V, class Op>
+void map(const float* x, int n, float* y, Op op) {
+  int i = 0;
+  for (; i + 16 <= n; i += 16) V::store(y + i, op(V::load(x + i), i));
+  if (i < n) {
+    const auto value = op(load_part<V>(x + i, n - i, 0.0f), i);
+    store_part<V>(y + i, n - i, value);
+  }
+}
+
+template <class V>
+typename V::F at(const float* p, int i, int n) {
+  return i + 16 <= n ? V::load(p + i) : load_part<V>(p + i, n - i, 0.0f);
+}
+
+template <class V>
+void rms_norm(const float* x, const float* weight, int n, float eps, float* y) {
+  auto squares = V::zero();
+  for (int i = 0; i < n; i += 16) {
+    const auto v = at<V>(x, i, n);
+    squares = V::fma(v, v, squares);
+  }
+  const auto factor = V::set(1.0f / std::sqrt(V::sum(squares) / static_cast<float>(n) + eps));
+  map<V>(x, n, y, [&](auto v, int i) { return V::mul(at<V>(weight, i, n), V::mul(v, factor)); });
+}
+
+template <class V>
+void layer_norm(const float* x, const float* weight, const float* bias, int n, float eps, float* y) {
+  auto total = V::zero();
+  for (int i = 0; i < n; i += 16) total = V::add(total, at<V>(x, i, n));
+  const auto mean = V::set(V::sum(total) / static_cast<float>(n));
+  double squares = 0;
+  auto spread = V::zero();
+  int i = 0;
+  for (; i + 16 <= n; i += 16) {
+    const auto d = V::sub(V::load(x + i), mean);
+    spread = V::fma(d, d, spread);
+  }
+  for (; i < n; ++i) {
+    float m[16];
+    V::store(m, mean);
+    squares += static_cast<double>(x[i] - m[0]) * static_cast<double>(x[i] - m[0]);
+  }
+  squares += static_cast<double>(V::sum(spread));
+  const auto factor = V::set(1.0f / std::sqrt(static_cast<float>(squares / n) + eps));
+  map<V>(x, n, y, [&](auto v, int k) {
+    auto out = V::mul(V::sub(v, mean), factor);
+    if (weight != nullptr) out = V::mul(out, at<V>(weight, k, n));
+    return bias != nullptr ? V::add(out, at<V>(bias, k, n)) : out;
+  });
+}
+
+// Walk the padded layout: body(g, block, place, channels, from, present): `present` channels of x at `from` go to
+// `place`, where `channels` are laid out.
+template <class Body>
+void walk(const Grouping& grouping, Body body) {
+  int place = 0, block = 0;
+  for (int g = 0; g < grouping.n_groups; ++g) {
+    const int width = grouping.width(g), present = grouping.channels(g);
+    for (int from = 0; from < width; from += kBlock, ++block) {
+      const int channels = std::min(kBlock, width - from);
+      body(g, block, place, channels, g * grouping.group + from, std::clamp(present - from, 0, channels));
+      place += channels;
+    }
+  }
+}
+
+template <class V>
+void quantize(const Grouping& grouping, const float* x, std::int8_t* q, float* scale, float* sum, std::uint8_t* active) {
+  for (int g = 0; g < grouping.n_groups; ++g) sum[g] = 0.0f;
+  walk(grouping, [&](int g, int block, int place, int channels, int from, int present) {
+    auto highest = V::zero(), poison = V::zero();
+    typename V::F v[kBlock / 16];
+    const int parts = channels / 16;
+    for (int i = 0; i < parts; ++i) {
+      const int here = present - 16 * i;
+      v[i] = here >= 16 ? V::load(x + from + 16 * i) : load_part<V>(x + from + 16 * i, std::max(here, 0), 0.0f);
+      highest = V::max(highest, V::abs(v[i]));
+      poison = V::fma(v[i], V::zero(), poison);  // NaN if any x is NaN or infinite, which a maximum would lose
+    }
+    const float most = V::highest(highest), bad = V::sum(poison);
+    active[block] = most > 0.0f || bad != bad;
+    scale[block] = most / 127.0f + bad;
+    const auto inverse = V::set(most > 0.0f && bad == bad ? 127.0f / most : 0.0f);
+    auto total = V::zero();
+    for (int i = 0; i < parts; ++i) {
+      const auto rounded = bad == bad ? V::round(V::mul(v[i], inverse)) : V::zero();
+      total = V::add(total, rounded);
+      V::store_i8(q + place + 16 * i, rounded);
+    }
+    sum[g] += scale[block] * V::sum(total);
+  });
+}
+
+template <class V>
+void pad(const Grouping& grouping, const float* x, float* padded, float* sum, std::uint8_t* active) {
+  for (int g = 0; g < grouping.n_groups; ++g) sum[g] = 0.0f;
+  walk(grouping, [&](int g, int block, int place, int channels, int from, int present) {
+    bool any = false;
+    double total = 0;
+    for (int i = 0; i < channels; ++i) {
+      const float v = i < present ? x[from + i] : 0.0f;
+      padded[place + i] = v;
+      any |= v != 0.0f;
+      total += static_cast<double>(v);
+    }
+    active[block] = any;
+    sum[g] += static_cast<float>(total);
+  });
+}
+
+// exp to within 2 ulp: 2^n * exp(r), |r| <= ln 2 / 2, by a polynomial of degree 6 (Cody and Waite's reduction).
+template <class V>
+typename V::F exp(typename V::F x) {
+  x = V::min(V::set(88.3f), V::max(V::set(-87.3f), x));  // in this order NaN stays NaN
+  const auto n = V::round(V::mul(x, V::set(1.44269504f)));
+  auto r = V::fnma(n, V::set(0.693359375f), x);
+  r = V::fnma(n, V::set(-2.12194440e-4f), r);
+  auto p = V::set(1.0f / 720);
+  for (const float c : {1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f}) p = V::fma(p, r, V::set(c));
+  return V::mul(p, V::pow2(n));
+}
+
+template <class V>
+typename V::F evaluate(Function function, typename V::F x) {
+  const auto one = V::set(1.0f);
+  switch (function) {
+    case Function::relu: return V::max(V::zero(), x);
+    case Function::silu: return V::div(x, V::add(one, exp<V>(V::sub(V::zero(), x))));
+    case Function::gelu_tanh: {
+      // x (1 + tanh u) / 2 = x / (1 + exp(-2 u)), u = sqrt(2 / pi) (x + 0.044715 x^3)
+      const auto cubic = V::fma(V::mul(V::mul(x, x), x), V::set(0.044715f), x);
+      return V::div(x, V::add(one, exp<V>(V::mul(cubic, V::set(-1.59576912f)))));
+    }
+    case Function::gelu: break;
+  }
+  float v[16];
+  V::store(v, x);
+  for (float& value : v) value = 0.5f * value * (1.0f + std::erf(value * 0.70710678f));
+  return V::load(v);
+}
+
+template <class V>
+void apply(Function function, float* x, int n) {
+  map<V>(x, n, x, [&](auto v, int) { return evaluate<V>(function, v); });
+}
+
+template <class V>
+void apply_gated(Function function, float* gate, const float* up, int n) {
+  map<V>(gate, n, gate, [&](auto v, int i) { return V::mul(evaluate<V>(function, v), at<V>(up, i, n)); });
+}
+
+template <class V>
+void add(float* to, const float* from, int n) {
+  map<V>(to, n, to, [&](auto v, int i) { return V::add(v, at<V>(from, i, n)); });
+}
+
+// Attention --------------------------------------------------------------------------------------------------------
+
+template <class V>
+typename V::F load_cached(const float* p) {
+  return V::load(p);
+}
+template <class V>
+typename V::F load_cached(const std::uint16_t* p) {
+  return V::load_fp16(p);
+}
+
+// Scores of H heads for the blocks of 16 positions from `low` to `high`, and their softmax; then the weighted values.
+template <class V, class T, int H>
+void attend_heads(const CacheView& cache, int kv_head, int first, int last, const float* q, float scale, float* out,
+                  float* scores) {
+  using F = typename V::F;
+  const int dim = cache.head_dim, low = first / 16, high = last / 16, length = (high - low + 1) * 16;
+  const float none = -std::numeric_limits<float>::infinity();
+  // Few heads work on several blocks of positions at once, so that one sum need not wait for another.
+  constexpr int At = H == 1 ? 4 : H <= 3 ? 2 : 1;
+  const auto keys_of = [&](int b) {
+    return static_cast<const T*>(cache.keys[b / (kPiece / 16)]) +
+           (static_cast<std::size_t>(kv_head) * (kPiece / 16) + b % (kPiece / 16)) * dim * 16;
+  };
+  for (int b = low; b <= high; b += At) {
+    const int here = std::min(At, high - b + 1);
+    const T* keys[At];
+    WB_UNROLL for (int j = 0; j < At; ++j) keys[j] = keys_of(b + std::min(j, here - 1));
+    F sums[At][H];
+    WB_UNROLL for (int j = 0; j < At; ++j)
+      WB_UNROLL for (int h = 0; h < H; ++h) sums[j][h] = V::zero();
+    for (int d = 0; d < dim; ++d)
+      WB_UNROLL for (int j = 0; j < At; ++j) {
+        const F k = load_cached<V>(keys[j] + d * 16);
+        WB_UNROLL for (int h = 0; h < H; ++h) sums[j][h] = V::fma(k, V::set(q[h * dim + d]), sums[j][h]);
+      }
+    for (int j = 0; j < here; ++j)
+      WB_UNROLL for (int h = 0; h < H; ++h) V::store(scores + h * length + (b + j - low) * 16, V::mul(sums[j][h], V::set(scale)));
+  }
+  float inverse[H];
+  WB_UNROLL for (int h = 0; h < H; ++h) {
+    float* s = scores + h * length;
+    for (int i = 0; i < first - low * 16; ++i) s[i] = none;
+    for (int i = last - low * 16 + 1; i < length; ++i) s[i] = none;
+    F most = V::load(s);
+    for (int i = 16; i < length; i += 16) most = V::max(most, V::load(s + i));
+    const F top = V::set(V::highest(most));
+    F total = V::zero();
+    for (int i = 0; i < length; i += 16) {
+      const F p = exp<V>(V::sub(V::load(s + i), top));
+      V::store(s + i, p);
+      total = V::add(total, p);
+    }
+    // exp is clamped above zero: positions left out are removed again, from the weights and from the sum.
+    float sum = V::sum(total);
+    for (int i = 0; i < first - low * 16; ++i) sum -= s[i], s[i] = 0.0f;
+    for (int i = last - low * 16 + 1; i < length; ++i) sum -= s[i], s[i] = 0.0f;
+    inverse[h] = 1.0f / sum;
+  }
+  const auto weigh = [&](auto at_once, int d) {
+    constexpr int A = at_once.value;
+    F sums[A][H];
+    WB_UNROLL for (int j = 0; j < A; ++j)
+      WB_UNROLL for (int h = 0; h < H; ++h) sums[j][h] = V::zero();
+    for (int p = first; p <= last; ++p) {
+      const T* values = static_cast<const T*>(cache.values[p / kPiece]) +
+                        (static_cast<std::size_t>(kv_head) * kPiece + p % kPiece) * cache.value_dim + d;
+      WB_UNROLL for (int j = 0; j < A; ++j) {
+        const F v = load_cached<V>(values + 16 * j);
+        WB_UNROLL for (int h = 0; h < H; ++h) sums[j][h] = V::fma(v, V::set(scores[h * length + p - low * 16]), sums[j][h]);
+      }
+    }
+    WB_UNROLL for (int j = 0; j < A; ++j)
+      WB_UNROLL for (int h = 0; h < H; ++h) {
+        const F value = V::mul(sums[j][h], V::set(inverse[h]));
+        const int place = d + 16 * j;
+        if (place + 16 <= dim) V::store(out + h * dim + place, value);
+        else store_part<V>(out + h * dim + place, dim - place, value);
+      }
+  };
+  int d = 0;
+  for (; d + 16 * At <= dim; d += 16 * At) weigh(std::integral_constant<int, At>(), d);
+  for (; d < dim; d += 16) weigh(std::integral_constant<int, 1>(), d);
+}
+
+template <class V, class T>
+void attend(const CacheView& cache, int kv_head, int first, int last, const float* q, int heads, float scale, float* out,
+            float* scores) {
+  const int dim = cache.head_dim;
+  for (; heads > 0; q += 4 * dim, out += 4 * dim, heads -= 4) {
+    switch (std::min(heads, 4)) {
+      case 1: attend_heads<V, T, 1>(cache, kv_head, first, last, q, scale, out, scores); break;
+      case 2: attend_heads<V, T, 2>(cache, kv_head, first, last, q, scale, out, scores); break;
+      case 3: attend_heads<V, T, 3>(cache, kv_head, first, last, q, scale, out, scores); break;
+      default: attend_heads<V, T, 4>(cache, kv_head, first, last, q, scale, out, scores);
+    }
+  }
+}
+
+template <class V>
+void to_fp16(const float* x, int n, std::uint16_t* y) {
+  for (int i = 0; i < n; i += 16) {
+    std::uint16_t part[16];
+    V::store_fp16(part, at<V>(x, i, n));
+    std::copy_n(part, std::min(16, n - i), y + i);
+  }
+}
+
+template <class V>
+void to_bf16(const float* x, int n, std::uint16_t* y) {
+  for (int i = 0; i < n; ++i) {
+    std::uint32_t bits;
+    std::memcpy(&bits, x + i, 4);
+    const std::uint32_t rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
+    y[i] = static_cast<std::uint16_t>((bits & 0x7FFFFFFFu) > 0x7F800000u ? (bits >> 16) | 0x40u : rounded);
+  }
+}
+
+template <class V>
+double log_sum_exp(const float* x, int n) {
+  float top = x[0];
+  for (int i = 0; i < n; ++i) top = std::max(top, x[i]);
+  const auto shift = V::set(top);
+  double total = 0;
+  int i = 0;
+  // Partial sums over 4,096 entries stay exact enough in fp32; the rest of the sum is in double.
+  while (i + 16 <= n) {
+    auto sum = V::zero();
+    for (const int end = std::min(n, i + 4096); i + 16 <= end; i += 16) sum = V::add(sum, exp<V>(V::sub(V::load(x + i), shift)));
+    total += static_cast<double>(V::sum(sum));
+  }
+  for (; i < n; ++i) total += std::exp(static_cast<double>(x[i] - top));
+  return static_cast<double>(top) + std::log(total);
+}
+
+template <class V>
+float read_all(const void* p, std::size_t bytes) {
+  const auto* x = static_cast<const float*>(p);
+  auto a = V::zero(), b = V::zero(), c = V::zero(), d = V::zero();
+  for (std::size_t i = 0; i + 64 <= bytes / 4; i += 64) {
+    V::prefetch(x + i + 1024);
+    V::prefetch(x + i + 1040);
+    V::prefetch(x + i + 1056);
+    V::prefetch(x + i + 1072);
+    a = V::add(a, V::load(x + i));
+    b = V::add(b, V::load(x + i + 16));
+    c = V::add(c, V::load(x + i + 32));
+    d = V::add(d, V::load(x + i + 48));
+  }
+  return V::sum(V::add(V::add(a, b), V::add(c, d)));
+}
+
+// A constant: no instruction of a set may run before the processor was asked for it.
+template <class V>
+constexpr Kernels make_kernels(Isa isa) {
+  Kernels k{};
+  k.isa = isa;
+  k.groups_int8 = groups_int8<V>;
+  k.groups_f32 = groups_f32<V>;
+  k.dense_f32 = dense_f32<V>;
+  k.dense_bf16 = dense_bf16<V>;
+  k.rms_norm = rms_norm<V>;
+  k.layer_norm = layer_norm<V>;
+  k.quantize = quantize<V>;
+  k.pad = pad<V>;
+  k.apply = apply<V>;
+  k.apply_gated = apply_gated<V>;
+  k.add = add<V>;
+  k.attend_f32 = attend<V, float>;
+  k.attend_f16 = attend<V, std::uint16_t>;
+  k.to_fp16 = to_fp16<V>;
+  k.to_bf16 = to_bf16<V>;
+  k.log_sum_exp = log_sum_exp<V>;
+  k.read_all = read_all<V>;
+  return k;
+}
+
+}  // namespace
+}  // namespace wb

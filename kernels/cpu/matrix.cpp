@@ -1,0 +1,234 @@
+#include "matrix.hpp"
+
+#include <algorithm>
+#include <stdexcept>
+
+#include "half.hpp"
+
+namespace wb {
+
+namespace {
+
+constexpr bool has_nibbles(int bits) { return bits >= 4 && bits <= 7; }
+constexpr bool has_crumbs(int bits) { return bits == 2 || bits == 3 || bits == 6 || bits == 7; }
+constexpr bool has_plane(int bits) { return bits == 3 || bits == 5 || bits == 7; }
+constexpr std::size_t chunk_bytes(int bits) { return static_cast<std::size_t>(bits) * kRows * kChunk / 8; }
+
+// Put the code of (lane r, channel c of the chunk) into a packed chunk.
+void put_packed(std::uint8_t* chunk, int bits, int r, int c, unsigned code) {
+  const int m = c / 4, byte = 4 * r + c % 4;
+  if (bits == 8) {
+    chunk[64 * m + byte] = static_cast<std::uint8_t>(code);
+    return;
+  }
+  if (has_nibbles(bits)) {
+    chunk[64 * (m / 2) + byte] |= static_cast<std::uint8_t>((code & 15u) << (4 * (m % 2)));
+    code >>= 4;
+    chunk += 128;
+  }
+  if (has_crumbs(bits)) {
+    chunk[byte] |= static_cast<std::uint8_t>((code & 3u) << (2 * m));
+    code >>= 2;
+    chunk += 64;
+  }
+  if (has_plane(bits)) chunk[8 * m + byte / 8] |= static_cast<std::uint8_t>((code & 1u) << (byte % 8));
+}
+
+unsigned get_packed(const std::uint8_t* chunk, int bits, int r, int c) {
+  const int m = c / 4, byte = 4 * r + c % 4;
+  if (bits == 8) return chunk[64 * m + byte];
+  unsigned code = 0;
+  int shift = 0;
+  if (has_nibbles(bits)) {
+    code = (chunk[64 * (m / 2) + byte] >> (4 * (m % 2))) & 15u;
+    shift = 4;
+    chunk += 128;
+  }
+  if (has_crumbs(bits)) {
+    code |= ((chunk[byte] >> (2 * m)) & 3u) << shift;
+    shift += 2;
+    chunk += 64;
+  }
+  if (has_plane(bits)) code |= ((chunk[8 * m + byte / 8] >> (byte % 8)) & 1u) << shift;
+  return code;
+}
+
+unsigned bits_at(const std::uint8_t* stream, std::size_t index, int bits) {
+  const std::size_t at = index * static_cast<std::size_t>(bits);
+  unsigned word = stream[at / 8];
+  if (at % 8 + static_cast<std::size_t>(bits) > 8) word |= static_cast<unsigned>(stream[at / 8 + 1]) << 8;
+  return (word >> (at % 8)) & ((1u << bits) - 1u);
+}
+
+Matrix sized(Kind kind, int out, int in) {
+  if (out < 1 || in < 1) throw std::invalid_argument("A matrix needs at least one row and one column.");
+  Matrix m;
+  m.kind = kind;
+  m.out = out;
+  m.in = in;
+  m.tiles = (out + kRows - 1) / kRows;
+  return m;
+}
+
+// Spread a per-row, per-group table over lanes: [tile][group][16].
+template <class T, class Get>
+T* lanes(Arena& arena, const Matrix& m, Get get) {
+  const int groups = m.grouping.n_groups;
+  T* to = arena.take<T>(static_cast<std::size_t>(m.tiles) * groups * kRows);
+  for (int row = 0; row < m.out; ++row)
+    for (int g = 0; g < groups; ++g)
+      to[(static_cast<std::size_t>(row / kRows) * groups + g) * kRows + row % kRows] = get(row, g);
+  return to;
+}
+
+}  // namespace
+
+Grouping Grouping::of(int in, int group) {
+  Grouping it;
+  it.in = in;
+  it.group = std::min(group, in);
+  it.n_groups = (in + it.group - 1) / it.group;
+  it.stride = static_cast<int>(round_up(static_cast<std::size_t>(it.group), kChunk));
+  it.last = static_cast<int>(round_up(static_cast<std::size_t>(in - it.group * (it.n_groups - 1)), kChunk));
+  it.padded = it.stride * (it.n_groups - 1) + it.last;
+  it.n_blocks = (it.n_groups - 1) * ((it.stride + kBlock - 1) / kBlock) + (it.last + kBlock - 1) / kBlock;
+  return it;
+}
+
+std::size_t Matrix::read_bytes(int at_bits) const {
+  const std::size_t per_group = static_cast<std::size_t>(tiles) * grouping.n_groups * kRows;
+  std::size_t bytes = 0;
+  switch (kind) {
+    case Kind::f32:
+    case Kind::bf16:
+    case Kind::packed: bytes = tile_bytes * static_cast<std::size_t>(tiles); break;
+    case Kind::planes: bytes = plane_bytes * static_cast<std::size_t>(at_bits > 0 ? at_bits : bits); break;
+  }
+  if (scales16 != nullptr) bytes += 2 * per_group;
+  if (scales32 != nullptr) bytes += 4 * per_group;
+  if (zeros != nullptr) bytes += per_group;
+  if (minima16 != nullptr) bytes += 2 * per_group;
+  if (minima32 != nullptr) bytes += 4 * per_group;
+  if (bias != nullptr) bytes += 4 * static_cast<std::size_t>(tiles) * kRows;
+  return bytes;
+}
+
+Matrix make_groups(Arena& arena, int out, int in, const GroupSource& source) {
+  const int bits = source.bits;
+  if (bits < 2 || bits > 8) throw std::invalid_argument("Group codes have 2 to 8 bits.");
+  if (source.group < 1) throw std::invalid_argument("A group has at least one channel.");
+  Matrix m = sized(source.planes ? Kind::planes : Kind::packed, out, in);
+  m.bits = bits;
+  m.nested = source.nested;
+  m.grouping = Grouping::of(in, source.group);
+  const Grouping& at = m.grouping;
+  const std::size_t chunks = static_cast<std::size_t>(at.padded) / kChunk;
+  m.tile_bytes = chunks * (source.planes ? chunk_bytes(1) : chunk_bytes(bits));
+  m.plane_bytes = source.planes ? m.tile_bytes * static_cast<std::size_t>(m.tiles) : 0;
+  auto* codes = arena.take<std::uint8_t>(source.planes ? m.plane_bytes * static_cast<std::size_t>(bits)
+                                                       : m.tile_bytes * static_cast<std::size_t>(m.tiles));
+  for (int row = 0; row < out; ++row) {
+    const int r = row % kRows;
+    std::uint8_t* tile = codes + static_cast<std::size_t>(row / kRows) * m.tile_bytes;
+    for (int c = 0; c < in; ++c) {
+      const unsigned code =
+          source.codes != nullptr
+              ? source.codes[static_cast<std::size_t>(row) * in + c]
+              : bits_at(source.packed + static_cast<std::size_t>(row) * source.packed_row, static_cast<std::size_t>(c), bits);
+      const int place = c / at.group * at.stride + c % at.group;
+      const int chunk = place / kChunk, within = place % kChunk;
+      if (!source.planes) {
+        put_packed(tile + static_cast<std::size_t>(chunk) * chunk_bytes(bits), bits, r, within, code);
+        continue;
+      }
+      const int byte = 4 * r + within % 4;
+      const std::size_t offset = static_cast<std::size_t>(chunk) * chunk_bytes(1) + 8 * (within / 4) + byte / 8;
+      for (int plane = 0; plane < bits; ++plane)
+        tile[m.plane_bytes * static_cast<std::size_t>(plane) + offset] |=
+            static_cast<std::uint8_t>(((code >> (bits - 1 - plane)) & 1u) << (byte % 8));
+    }
+  }
+  m.codes = codes;
+  const auto index = [&](int row, int g) { return static_cast<std::size_t>(row) * at.n_groups + g; };
+  if (source.scales16 != nullptr) m.scales16 = lanes<std::uint16_t>(arena, m, [&](int r, int g) { return source.scales16[index(r, g)]; });
+  if (source.scales32 != nullptr) m.scales32 = lanes<float>(arena, m, [&](int r, int g) { return source.scales32[index(r, g)]; });
+  if (source.minima16 != nullptr) m.minima16 = lanes<std::uint16_t>(arena, m, [&](int r, int g) { return source.minima16[index(r, g)]; });
+  if (source.minima32 != nullptr) m.minima32 = lanes<float>(arena, m, [&](int r, int g) { return source.minima32[index(r, g)]; });
+  if (source.zeros != nullptr) {
+    m.zeros = lanes<std::uint8_t>(arena, m, [&](int r, int g) { return source.zeros[index(r, g)]; });
+  } else if (source.packed_zeros != nullptr) {
+    m.zeros = lanes<std::uint8_t>(arena, m, [&](int r, int g) {
+      return static_cast<std::uint8_t>(bits_at(source.packed_zeros + static_cast<std::size_t>(r) * source.packed_zeros_row,
+                                               static_cast<std::size_t>(g), bits));
+    });
+  } else if (source.minima16 == nullptr && source.minima32 == nullptr) {
+    m.zero = static_cast<float>(1 << (bits - 1));
+  }
+  return m;
+}
+
+Matrix make_f32(Arena& arena, int out, int in, const float* rows) {
+  Matrix m = sized(Kind::f32, out, in);
+  m.bits = 32;
+  m.tile_bytes = static_cast<std::size_t>(in) * kRows * 4;
+  auto* to = arena.take<float>(static_cast<std::size_t>(m.tiles) * in * kRows);
+  for (int row = 0; row < out; ++row)
+    for (int c = 0; c < in; ++c)
+      to[(static_cast<std::size_t>(row / kRows) * in + c) * kRows + row % kRows] = rows[static_cast<std::size_t>(row) * in + c];
+  m.codes = reinterpret_cast<const std::uint8_t*>(to);
+  return m;
+}
+
+// [tile][in / 2][16][2]: two neighbouring channels of a row side by side, as bf16 dot products take them.
+Matrix make_bf16(Arena& arena, int out, int in, const std::uint16_t* rows) {
+  Matrix m = sized(Kind::bf16, out, in);
+  m.bits = 16;
+  const std::size_t pairs = static_cast<std::size_t>(in + 1) / 2;
+  m.tile_bytes = pairs * kRows * 4;
+  auto* to = arena.take<std::uint16_t>(static_cast<std::size_t>(m.tiles) * pairs * kRows * 2);
+  for (int row = 0; row < out; ++row)
+    for (int c = 0; c < in; ++c)
+      to[((static_cast<std::size_t>(row / kRows) * pairs + c / 2) * kRows + row % kRows) * 2 + c % 2] =
+          rows[static_cast<std::size_t>(row) * in + c];
+  m.codes = reinterpret_cast<const std::uint8_t*>(to);
+  return m;
+}
+
+void read_row(const Matrix& m, int row, float* to) {
+  const std::size_t tile = static_cast<std::size_t>(row / kRows);
+  const int r = row % kRows;
+  const std::uint8_t* base = m.codes + tile * m.tile_bytes;
+  if (m.kind == Kind::f32) {
+    const auto* w = reinterpret_cast<const float*>(base);
+    for (int c = 0; c < m.in; ++c) to[c] = w[static_cast<std::size_t>(c) * kRows + r];
+    return;
+  }
+  if (m.kind == Kind::bf16) {
+    const auto* w = reinterpret_cast<const std::uint16_t*>(base);
+    for (int c = 0; c < m.in; ++c) to[c] = bf16_to_float(w[(static_cast<std::size_t>(c / 2) * kRows + r) * 2 + c % 2]);
+    return;
+  }
+  const Grouping& at = m.grouping;
+  for (int g = 0; g < at.n_groups; ++g) {
+    const std::size_t lane = (tile * at.n_groups + g) * kRows + r;
+    const float scale = m.scales16 != nullptr ? fp16_to_float(m.scales16[lane]) : m.scales32[lane];
+    const float zero = m.zeros != nullptr ? static_cast<float>(m.zeros[lane]) : m.zero;
+    const float minimum = m.minima16 != nullptr ? fp16_to_float(m.minima16[lane])
+                                                : m.minima32 != nullptr ? m.minima32[lane] : 0.0f;
+    for (int c = 0; c < at.channels(g); ++c) {
+      const int place = g * at.stride + c, chunk = place / kChunk, within = place % kChunk;
+      unsigned code = 0;
+      if (m.kind == Kind::packed) {
+        code = get_packed(base + static_cast<std::size_t>(chunk) * chunk_bytes(m.bits), m.bits, r, within);
+      } else {
+        const int byte = 4 * r + within % 4;
+        const std::size_t offset = static_cast<std::size_t>(chunk) * chunk_bytes(1) + 8 * (within / 4) + byte / 8;
+        for (int plane = 0; plane < m.bits; ++plane)
+          code = 2 * code + ((base[m.plane_bytes * static_cast<std::size_t>(plane) + offset] >> (byte % 8)) & 1u);
+      }
+      to[g * at.group + c] = (static_cast<float>(code) - zero) * scale + minimum;
+    }
+  }
+}
+
+}  // namespace wb

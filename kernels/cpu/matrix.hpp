@@ -1,0 +1,102 @@
+// Weight matrices in the layouts that the kernels stream, and activations prepared for them.
+//
+// All layouts are cut into tiles of 16 rows, one row per lane, so that products need no sum across lanes; rows past the
+// end are zero. Group codes are cut further into chunks of 16 input channels; groups are padded to whole chunks, with
+// channels whose activation is zero. Within a chunk:
+//
+//   bytes (8 bits)        4 x 64 bytes: byte 4 r + k of part m is the code of row r, channel 4 m + k
+//   nibbles (4 to 7)      2 x 64 bytes: low nibbles are part 2 i, high nibbles part 2 i + 1
+//   crumbs (2, 3, 6, 7)   64 bytes: bits 2 m, 2 m + 1 of each byte are part m
+//   a plane (3, 5, 7)     4 x 64 bits: bit 4 r + k of word m is row r, channel 4 m + k
+//
+// "Packed" keeps what its width needs, in that order, side by side. "Planes" keeps every plane of the parent codes in
+// an array of its own, the most significant first, so that b bits are read by reading b arrays and nothing else.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include "memory.hpp"
+
+namespace wb {
+
+inline constexpr int kRows = 16;      // rows of a tile
+inline constexpr int kChunk = 16;     // channels of a chunk
+inline constexpr int kBlock = 64;     // most channels that share one activation scale
+inline constexpr int kMaxPlanes = 8;
+
+enum class Kind : std::uint8_t { f32, bf16, packed, planes };
+
+// How activations lie in memory for a matrix of group codes: groups padded to whole chunks.
+struct Grouping {
+  int in = 0;          // logical channels
+  int group = 0;       // channels that share a weight scale
+  int n_groups = 0;
+  int stride = 0;      // padded channels of every group but the last
+  int last = 0;        // padded channels of the last group
+  int padded = 0;      // all of them
+  int n_blocks = 0;    // activation scales of a row
+
+  static Grouping of(int in, int group);
+  int width(int g) const { return g + 1 == n_groups ? last : stride; }
+  int channels(int g) const { return g + 1 == n_groups ? in - group * g : group; }
+  bool operator==(const Grouping& other) const { return in == other.in && group == other.group; }
+};
+
+struct Matrix {
+  Kind kind = Kind::f32;
+  int out = 0, in = 0;
+  int tiles = 0;
+  int bits = 0;                          // of the stored codes
+  bool nested = false;                   // planes whose dropped bits are replaced by their mean
+  Grouping grouping;
+  const std::uint8_t* codes = nullptr;
+  std::size_t tile_bytes = 0;            // of one plane where there are planes
+  std::size_t plane_bytes = 0;
+  const std::uint16_t* scales16 = nullptr;  // fp16 [tile][group][16], or
+  const float* scales32 = nullptr;          // fp32
+  const std::uint8_t* zeros = nullptr;      // integer zero points [tile][group][16], or
+  const float* minima32 = nullptr;          // what is added to scale * code, fp32, or
+  const std::uint16_t* minima16 = nullptr;  // fp16, or
+  float zero = 0;                           // the same zero point everywhere
+  const float* bias = nullptr;              // fp32, padded to whole tiles
+
+  // Bytes that a product reads of all tiles at a width (0: as stored).
+  std::size_t read_bytes(int at_bits = 0) const;
+};
+
+// One row of activations, prepared for the matrices that read it.
+struct Activation {
+  const float* x = nullptr;              // fp32, padded as the grouping says
+  const std::int8_t* q = nullptr;        // int8, likewise
+  const std::uint16_t* b = nullptr;      // bf16, padded to an even length
+  const float* scale = nullptr;          // per block: x = q * scale
+  const float* sum = nullptr;            // per group: sum of x as the codes see it
+  const std::uint8_t* active = nullptr;  // per block: 0 where every x is zero
+};
+
+// Codes uint8 (out, in); scales fp16 or fp32 (out, groups); zeros uint8 (out, groups) or null; minima likewise.
+struct GroupSource {
+  const std::uint8_t* codes = nullptr;   // one byte a code, or
+  const std::uint8_t* packed = nullptr;  // little-endian bit streams, one per row
+  std::size_t packed_row = 0;
+  const std::uint16_t* scales16 = nullptr;
+  const float* scales32 = nullptr;
+  const std::uint8_t* zeros = nullptr;
+  const std::uint8_t* packed_zeros = nullptr;
+  std::size_t packed_zeros_row = 0;
+  const std::uint16_t* minima16 = nullptr;
+  const float* minima32 = nullptr;
+  int bits = 0, group = 0;
+  bool planes = false, nested = false;
+};
+
+Matrix make_groups(Arena& arena, int out, int in, const GroupSource& source);
+Matrix make_f32(Arena& arena, int out, int in, const float* rows);
+Matrix make_bf16(Arena& arena, int out, int in, const std::uint16_t* rows);
+
+// One row of the matrix as the codes stand for it, fp32 (in); for embeddings.
+void read_row(const Matrix& matrix, int row, float* to);
+
+}  // namespace wb

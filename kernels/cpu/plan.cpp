@@ -1,0 +1,88 @@
+#include "plan.hpp"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <numeric>
+#include <stdexcept>
+
+namespace wb {
+
+namespace {
+
+class NormThreshold final : public Program {
+ public:
+  NormThreshold(float threshold, float low, float high) : threshold_(threshold), low_(low), high_(high) {}
+  int size() const override { return 1; }
+  void run(const float* tap, int width, int, float* to) const override {
+    double squares = 0;
+    for (int i = 0; i < width; ++i) squares += static_cast<double>(tap[i]) * static_cast<double>(tap[i]);
+    *to = std::sqrt(squares) > static_cast<double>(threshold_) ? high_ : low_;
+  }
+
+ private:
+  float threshold_, low_, high_;
+};
+
+class ProjectionMask final : public Program {
+ public:
+  ProjectionMask(std::vector<float> matrix, int size, int width, int keep)
+      : matrix_(std::move(matrix)), size_(size), width_(width), keep_(std::clamp(keep, 0, size)) {
+    if (size < 1 || matrix_.size() != static_cast<std::size_t>(size) * static_cast<std::size_t>(width))
+      throw std::invalid_argument("A projection's matrix must have one row per entry of its mask.");
+  }
+  int size() const override { return size_; }
+  void run(const float* tap, int width, int, float* to) const override {
+    std::vector<double> scores(static_cast<std::size_t>(size_));
+    for (int i = 0; i < size_; ++i) {
+      const float* row = matrix_.data() + static_cast<std::size_t>(i) * width_;
+      double total = 0;
+      for (int c = 0; c < std::min(width, width_); ++c) total += static_cast<double>(row[c]) * static_cast<double>(tap[c]);
+      scores[static_cast<std::size_t>(i)] = total;
+    }
+    std::vector<int> order(static_cast<std::size_t>(size_));
+    std::iota(order.begin(), order.end(), 0);
+    std::stable_sort(order.begin(), order.end(), [&](int a, int b) { return scores[a] > scores[b]; });
+    std::fill(to, to + size_, 0.0f);
+    for (int i = 0; i < keep_; ++i) to[order[static_cast<std::size_t>(i)]] = 1.0f;
+  }
+
+ private:
+  std::vector<float> matrix_;
+  int size_, width_, keep_;
+};
+
+class PositionTable final : public Program {
+ public:
+  PositionTable(std::vector<int> positions, std::vector<float> values)
+      : positions_(std::move(positions)), values_(std::move(values)) {
+    if (positions_.empty() || positions_.front() != 0 || positions_.size() != values_.size() ||
+        !std::is_sorted(positions_.begin(), positions_.end()))
+      throw std::invalid_argument("A table needs ascending positions from 0, with one value each.");
+  }
+  int size() const override { return 1; }
+  void run(const float*, int, int position, float* to) const override {
+    const auto after = std::upper_bound(positions_.begin(), positions_.end(), position);
+    *to = values_[static_cast<std::size_t>(after - positions_.begin()) - 1];
+  }
+
+ private:
+  std::vector<int> positions_;
+  std::vector<float> values_;
+};
+
+}  // namespace
+
+std::unique_ptr<Program> norm_threshold(float threshold, float low, float high) {
+  return std::make_unique<NormThreshold>(threshold, low, high);
+}
+
+std::unique_ptr<Program> projection_mask(std::vector<float> matrix, int size, int width, int keep) {
+  return std::make_unique<ProjectionMask>(std::move(matrix), size, width, keep);
+}
+
+std::unique_ptr<Program> position_table(std::vector<int> positions, std::vector<float> values) {
+  return std::make_unique<PositionTable>(std::move(positions), std::move(values));
+}
+
+}  // namespace wb

@@ -1,0 +1,167 @@
+// Sixteen lanes on AVX2, FMA and F16C, as two registers of eight.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+#include <cstring>
+
+namespace wb {
+
+struct Avx2 {
+  struct F { __m256 a, b; };
+  struct I { __m256i a, b; };
+  using B = I;
+
+#define WB_BOTH(name, op) static F name(F x, F y) { return {op(x.a, y.a), op(x.b, y.b)}; }
+  WB_BOTH(add, _mm256_add_ps)
+  WB_BOTH(sub, _mm256_sub_ps)
+  WB_BOTH(mul, _mm256_mul_ps)
+  WB_BOTH(div, _mm256_div_ps)
+  WB_BOTH(max, _mm256_max_ps)
+  WB_BOTH(min, _mm256_min_ps)
+#undef WB_BOTH
+
+  static F zero() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
+  static F set(float v) { return {_mm256_set1_ps(v), _mm256_set1_ps(v)}; }
+  static F load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
+  static void store(float* p, F v) {
+    _mm256_storeu_ps(p, v.a);
+    _mm256_storeu_ps(p + 8, v.b);
+  }
+  static F abs(F v) {
+    const __m256 sign = _mm256_set1_ps(-0.0f);
+    return {_mm256_andnot_ps(sign, v.a), _mm256_andnot_ps(sign, v.b)};
+  }
+  static F fma(F x, F y, F z) { return {_mm256_fmadd_ps(x.a, y.a, z.a), _mm256_fmadd_ps(x.b, y.b, z.b)}; }
+  static F fnma(F x, F y, F z) { return {_mm256_fnmadd_ps(x.a, y.a, z.a), _mm256_fnmadd_ps(x.b, y.b, z.b)}; }
+  static F round(F v) {
+    return {_mm256_round_ps(v.a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC),
+            _mm256_round_ps(v.b, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
+  }
+  static F pow2(F n) { return {pow2_half(n.a), pow2_half(n.b)}; }
+  static float sum(F v) {
+    __m256 s = _mm256_add_ps(v.a, v.b);
+    __m128 h = _mm_add_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1));
+    h = _mm_add_ps(h, _mm_movehl_ps(h, h));
+    return _mm_cvtss_f32(_mm_add_ss(h, _mm_shuffle_ps(h, h, 1)));
+  }
+  static float highest(F v) {
+    __m256 s = _mm256_max_ps(v.a, v.b);
+    __m128 h = _mm_max_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1));
+    h = _mm_max_ps(h, _mm_movehl_ps(h, h));
+    return _mm_cvtss_f32(_mm_max_ss(h, _mm_shuffle_ps(h, h, 1)));
+  }
+
+  static F load_fp16(const std::uint16_t* p) {
+    const auto* v = reinterpret_cast<const __m128i*>(p);
+    return {_mm256_cvtph_ps(_mm_loadu_si128(v)), _mm256_cvtph_ps(_mm_loadu_si128(v + 1))};
+  }
+  static void store_fp16(std::uint16_t* p, F v) {
+    auto* to = reinterpret_cast<__m128i*>(p);
+    _mm_storeu_si128(to, _mm256_cvtps_ph(v.a, _MM_FROUND_TO_NEAREST_INT));
+    _mm_storeu_si128(to + 1, _mm256_cvtps_ph(v.b, _MM_FROUND_TO_NEAREST_INT));
+  }
+  static F load_u8(const std::uint8_t* p) {
+    const __m128i v = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    return {_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(v)), _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_srli_si128(v, 8)))};
+  }
+  static void store_i8(std::int8_t* p, F v) {
+    const __m256i a = _mm256_cvtps_epi32(v.a), b = _mm256_cvtps_epi32(v.b);
+    const __m128i lo = _mm_packs_epi32(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1));
+    const __m128i hi = _mm_packs_epi32(_mm256_castsi256_si128(b), _mm256_extracti128_si256(b, 1));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm_packs_epi16(lo, hi));
+  }
+
+  static I izero() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
+  static I iadd(I x, I y) { return {_mm256_add_epi32(x.a, y.a), _mm256_add_epi32(x.b, y.b)}; }
+  static F to_float(I v) { return {_mm256_cvtepi32_ps(v.a), _mm256_cvtepi32_ps(v.b)}; }
+
+  static B bytes(const std::uint8_t* p) {
+    const auto* v = reinterpret_cast<const __m256i*>(p);
+    return {_mm256_loadu_si256(v), _mm256_loadu_si256(v + 1)};
+  }
+  static B low4(B v) {
+    const __m256i m = _mm256_set1_epi8(0x0F);
+    return {_mm256_and_si256(v.a, m), _mm256_and_si256(v.b, m)};
+  }
+  static B high4(B v) {
+    const __m256i m = _mm256_set1_epi8(0x0F);
+    return {_mm256_and_si256(_mm256_srli_epi16(v.a, 4), m), _mm256_and_si256(_mm256_srli_epi16(v.b, 4), m)};
+  }
+  template <int M, int To>
+  static B crumb(B v) {
+    return {crumb_half<M, To>(v.a), crumb_half<M, To>(v.b)};
+  }
+  static B either(B x, B y) { return {_mm256_or_si256(x.a, y.a), _mm256_or_si256(x.b, y.b)}; }
+  static B add_plane(B v, const std::uint8_t* p, int value) {
+    std::uint32_t low, high;
+    std::memcpy(&low, p, 4);
+    std::memcpy(&high, p + 4, 4);
+    return {add_plane_half(v.a, low, value), add_plane_half(v.b, high, value)};
+  }
+  static B bzero() { return izero(); }
+
+  template <bool Wide>
+  static I dot(I sum, B codes, const std::int8_t* a) {
+    std::int32_t four;
+    std::memcpy(&four, a, 4);
+    const __m256i x = _mm256_set1_epi32(four);
+    return {dot_half<Wide>(sum.a, codes.a, x), dot_half<Wide>(sum.b, codes.b, x)};
+  }
+  template <int K>
+  static F byte_lane(B v) {
+    const __m256i m = _mm256_set1_epi32(0xFF);
+    return {_mm256_cvtepi32_ps(_mm256_and_si256(_mm256_srli_epi32(v.a, 8 * K), m)),
+            _mm256_cvtepi32_ps(_mm256_and_si256(_mm256_srli_epi32(v.b, 8 * K), m))};
+  }
+
+  static F bf16_low(B v) {
+    return {_mm256_castsi256_ps(_mm256_slli_epi32(v.a, 16)), _mm256_castsi256_ps(_mm256_slli_epi32(v.b, 16))};
+  }
+  static F bf16_high(B v) {
+    const __m256i m = _mm256_set1_epi32(static_cast<int>(0xFFFF0000u));
+    return {_mm256_castsi256_ps(_mm256_and_si256(v.a, m)), _mm256_castsi256_ps(_mm256_and_si256(v.b, m))};
+  }
+  static F dot_bf16(F sum, B w, const std::uint16_t* a) {
+    std::uint32_t pair;
+    std::memcpy(&pair, a, 4);
+    const __m256i x = _mm256_set1_epi32(static_cast<int>(pair));
+    const B both{x, x};
+    return fma(bf16_high(w), bf16_high(both), fma(bf16_low(w), bf16_low(both), sum));
+  }
+  static void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
+
+ private:
+  static __m256 pow2_half(__m256 n) {
+    const __m256i e = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_max_epi32(e, _mm256_setzero_si256()), 23));
+  }
+  template <int M, int To>
+  static __m256i crumb_half(__m256i v) {
+    constexpr int by = 2 * M - To;
+    if constexpr (by > 0) v = _mm256_srli_epi16(v, by);
+    if constexpr (by < 0) v = _mm256_slli_epi16(v, -by);
+    return _mm256_and_si256(v, _mm256_set1_epi8(static_cast<char>(3 << To)));
+  }
+  static __m256i add_plane_half(__m256i v, std::uint32_t mask, int value) {
+    const __m256i spread = _mm256_shuffle_epi8(
+        _mm256_set1_epi32(static_cast<int>(mask)),
+        _mm256_setr_epi64x(0x0000000000000000, 0x0101010101010101, 0x0202020202020202, 0x0303030303030303));
+    const __m256i bit = _mm256_set1_epi64x(static_cast<long long>(0x8040201008040201ULL));
+    const __m256i set = _mm256_cmpeq_epi8(_mm256_and_si256(spread, bit), bit);
+    return _mm256_add_epi8(v, _mm256_and_si256(set, _mm256_set1_epi8(static_cast<char>(value))));
+  }
+  // Sums of two products must fit 16 bits: 127 x 127 x 2 does, 255 x 127 x 2 does not, so wide codes go in two parts.
+  template <bool Wide>
+  static __m256i dot_half(__m256i sum, __m256i codes, __m256i x) {
+    const __m256i one = _mm256_set1_epi16(1);
+    if constexpr (!Wide) return _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_maddubs_epi16(codes, x), one));
+    const __m256i low = _mm256_and_si256(codes, _mm256_set1_epi8(0x7F));
+    const __m256i top = _mm256_and_si256(_mm256_srli_epi16(codes, 7), _mm256_set1_epi8(1));
+    sum = _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_maddubs_epi16(low, x), one));
+    return _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_maddubs_epi16(top, x), _mm256_set1_epi16(128)));
+  }
+};
+
+}  // namespace wb

@@ -1,0 +1,119 @@
+// Sixteen lanes in plain C++, for any processor.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "half.hpp"
+
+namespace wb {
+
+struct Portable {
+  struct F { float v[16]; };
+  struct I { std::int32_t v[16]; };
+  struct B { std::uint8_t v[64]; };
+
+  template <class Get>
+  static F each(Get get) {
+    F r;
+    for (int i = 0; i < 16; ++i) r.v[i] = get(i);
+    return r;
+  }
+  static F zero() { return set(0.0f); }
+  static F set(float x) { return each([&](int) { return x; }); }
+  static F load(const float* p) { return each([&](int i) { return p[i]; }); }
+  static void store(float* p, const F& x) { std::memcpy(p, x.v, sizeof x.v); }
+  static F add(const F& a, const F& b) { return each([&](int i) { return a.v[i] + b.v[i]; }); }
+  static F sub(const F& a, const F& b) { return each([&](int i) { return a.v[i] - b.v[i]; }); }
+  static F mul(const F& a, const F& b) { return each([&](int i) { return a.v[i] * b.v[i]; }); }
+  static F div(const F& a, const F& b) { return each([&](int i) { return a.v[i] / b.v[i]; }); }
+  static F max(const F& a, const F& b) { return each([&](int i) { return a.v[i] > b.v[i] ? a.v[i] : b.v[i]; }); }
+  static F min(const F& a, const F& b) { return each([&](int i) { return a.v[i] < b.v[i] ? a.v[i] : b.v[i]; }); }
+  static F abs(const F& a) { return each([&](int i) { return std::fabs(a.v[i]); }); }
+  static F fma(const F& a, const F& b, const F& c) { return each([&](int i) { return a.v[i] * b.v[i] + c.v[i]; }); }
+  static F fnma(const F& a, const F& b, const F& c) { return each([&](int i) { return c.v[i] - a.v[i] * b.v[i]; }); }
+  static F round(const F& a) { return each([&](int i) { return std::nearbyint(a.v[i]); }); }
+  static F pow2(const F& n) { return each([&](int i) { return std::ldexp(1.0f, static_cast<int>(n.v[i])); }); }
+  static float sum(const F& a) {
+    float s = 0;
+    for (int i = 0; i < 16; ++i) s += a.v[i];
+    return s;
+  }
+  static float highest(const F& a) {
+    float s = a.v[0];
+    for (int i = 1; i < 16; ++i) s = a.v[i] > s ? a.v[i] : s;
+    return s;
+  }
+
+  static F load_fp16(const std::uint16_t* p) { return each([&](int i) { return fp16_to_float(p[i]); }); }
+  static void store_fp16(std::uint16_t* p, const F& x) {
+    for (int i = 0; i < 16; ++i) p[i] = float_to_fp16(x.v[i]);
+  }
+  static F load_u8(const std::uint8_t* p) { return each([&](int i) { return static_cast<float>(p[i]); }); }
+  static void store_i8(std::int8_t* p, const F& x) {
+    for (int i = 0; i < 16; ++i) p[i] = static_cast<std::int8_t>(std::nearbyint(x.v[i]));
+  }
+
+  static I izero() { return I{}; }
+  static I iadd(const I& a, const I& b) {
+    I r;
+    for (int i = 0; i < 16; ++i) r.v[i] = a.v[i] + b.v[i];
+    return r;
+  }
+  static F to_float(const I& a) { return each([&](int i) { return static_cast<float>(a.v[i]); }); }
+
+  static B bytes(const std::uint8_t* p) {
+    B r;
+    std::memcpy(r.v, p, 64);
+    return r;
+  }
+  template <class Get>
+  static B each_byte(Get get) {
+    B r;
+    for (int i = 0; i < 64; ++i) r.v[i] = static_cast<std::uint8_t>(get(i));
+    return r;
+  }
+  static B low4(const B& a) { return each_byte([&](int i) { return a.v[i] & 15; }); }
+  static B high4(const B& a) { return each_byte([&](int i) { return a.v[i] >> 4; }); }
+  template <int M, int To>
+  static B crumb(const B& a) {
+    return each_byte([&](int i) { return ((a.v[i] >> (2 * M)) & 3) << To; });
+  }
+  static B either(const B& a, const B& b) {
+    return each_byte([&](int i) { return a.v[i] | b.v[i]; });
+  }
+  static B add_plane(const B& a, const std::uint8_t* p, int value) {
+    return each_byte([&](int i) { return a.v[i] + ((p[i / 8] >> (i % 8)) & 1) * value; });
+  }
+  static B bzero() { return B{}; }
+
+  template <bool Wide>
+  static I dot(const I& sum, const B& codes, const std::int8_t* a) {
+    I r;
+    for (int i = 0; i < 16; ++i)
+      r.v[i] = sum.v[i] + codes.v[4 * i] * a[0] + codes.v[4 * i + 1] * a[1] + codes.v[4 * i + 2] * a[2] +
+               codes.v[4 * i + 3] * a[3];
+    return r;
+  }
+  template <int K>
+  static F byte_lane(const B& a) {
+    return each([&](int i) { return static_cast<float>(a.v[4 * i + K]); });
+  }
+
+  static F bf16_half(const B& a, int half) {
+    return each([&](int i) {
+      std::uint16_t h;
+      std::memcpy(&h, a.v + 4 * i + 2 * half, 2);
+      return bf16_to_float(h);
+    });
+  }
+  static F bf16_low(const B& a) { return bf16_half(a, 0); }
+  static F bf16_high(const B& a) { return bf16_half(a, 1); }
+  static F dot_bf16(const F& sum, const B& w, const std::uint16_t* a) {
+    return fma(bf16_high(w), set(bf16_to_float(a[1])), fma(bf16_low(w), set(bf16_to_float(a[0])), sum));
+  }
+  static void prefetch(const void*) {}
+};
+
+}  // namespace wb

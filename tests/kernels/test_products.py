@@ -1,0 +1,139 @@
+"""Products of group codes against float64, on random shapes, for every width, layout and instruction set."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from workbench.formats.codes import GroupCodes, pack, quantize_groups
+from workbench.runtime.cpu_build import kernels
+
+ISAS = kernels().isas()
+
+
+def product(codes: GroupCodes, x: np.ndarray, **options: Any) -> np.ndarray:
+    settings_of = {"planes": False, "nested": False, "read_bits": 0, "exact": True, "isa": "auto", **options}
+    return kernels().group_product(
+        pack(codes.codes, codes.bits).numpy(),
+        codes.codes.shape[1],
+        codes.bits,
+        codes.group_size,
+        codes.scales.view(torch.uint16).numpy(),
+        None,
+        None if codes.zeros is None else pack(codes.zeros, codes.bits).numpy(),
+        None,
+        None,
+        settings_of["planes"],
+        settings_of["nested"],
+        x,
+        settings_of["read_bits"],
+        settings_of["exact"],
+        settings_of["isa"],
+    )
+
+
+def weights(codes: GroupCodes, bits: int | None = None) -> np.ndarray:
+    """What the codes stand for, float64; the top ``bits`` with the mean of what they leave out."""
+    values = codes.codes.numpy().astype(np.float64)
+    if bits is not None:
+        step = 2 ** (codes.bits - bits)
+        values = values // step * step + (step - 1) / 2
+    out, width = values.shape
+    group = np.arange(width) // codes.group_size
+    zero = np.full((out, width), 2.0 ** (codes.bits - 1))
+    if codes.zeros is not None:
+        zero = codes.zeros.numpy().astype(np.float64)[:, group]
+    return (values - zero) * codes.scales.numpy().astype(np.float64)[:, group]
+
+
+def rounded(x: np.ndarray, group_size: int) -> np.ndarray:
+    """Activations as int8 blocks of at most 64 channels within a group stand for them, float64."""
+    result = np.zeros(x.shape)
+    for first in range(0, x.shape[1], group_size):
+        for begin in range(first, min(first + group_size, x.shape[1]), 64):
+            end = min(begin + 64, first + group_size, x.shape[1])
+            scale = np.abs(x[:, begin:end]).max(axis=1, keepdims=True).astype(np.float64) / 127
+            result[:, begin:end] = np.rint(x[:, begin:end] / np.where(scale > 0, scale, 1)) * scale
+    return result
+
+
+def case(seed: int, out: int, width: int, rows: int, bits: int, group: int, symmetric: bool) -> tuple[GroupCodes, Any]:
+    generator = torch.Generator().manual_seed(seed)
+    codes = quantize_groups(torch.randn(out, width, generator=generator) * 0.1, bits, group, symmetric)
+    return codes, torch.randn(rows, width, generator=generator).numpy()
+
+
+shapes = {
+    "seed": st.integers(0, 1000),
+    "out": st.integers(1, 70),
+    "width": st.integers(8, 300),
+    "rows": st.integers(1, 37),
+    "bits": st.integers(2, 8),
+    "group": st.sampled_from([8, 16, 32, 64, 100, 1000]),
+    "symmetric": st.booleans(),
+    "planes": st.booleans(),
+}
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@settings(max_examples=40, deadline=None)
+@given(**shapes)
+def test_fp32_activations_agree_with_float64(isa: str, planes: bool, **shape: Any) -> None:
+    codes, x = case(**shape)
+    expected = x.astype(np.float64) @ weights(codes).T
+    found = product(codes, x, planes=planes, isa=isa)
+    np.testing.assert_allclose(found, expected, atol=3e-6 * np.abs(expected).max() + 1e-6)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@settings(max_examples=40, deadline=None)
+@given(**shapes)
+def test_int8_activations_are_exact_products_of_what_they_round_to(isa: str, planes: bool, **shape: Any) -> None:
+    codes, x = case(**shape)
+    expected = rounded(x, codes.group_size) @ weights(codes).T
+    found = product(codes, x, planes=planes, exact=False, isa=isa)
+    # A value halfway between two integers may fall to either side: allow one step of one channel.
+    slack = np.abs(x).max() / 127 * np.abs(weights(codes)).max()
+    np.testing.assert_allclose(found, expected, atol=slack)
+    assert np.median(np.abs(found - expected)) <= 1e-5 * np.abs(expected).max() + 1e-7
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("exact", [True, False])
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_top_planes_are_the_fewer_bits(isa: str, exact: bool, bits: int) -> None:
+    codes, x = case(3, 50, 200, 3, 8, 64, False)
+    expected = (x if exact else rounded(x, 64)).astype(np.float64) @ weights(codes, bits).T
+    found = product(codes, x, planes=True, nested=True, read_bits=bits, exact=exact, isa=isa)
+    np.testing.assert_allclose(found, expected, atol=2e-5 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_a_row_gives_the_same_alone_and_among_others(exact: bool) -> None:
+    codes, x = case(5, 40, 130, 21, 5, 64, False)
+    together = product(codes, x, exact=exact)
+    alone = np.concatenate([product(codes, x[i : i + 1], exact=exact) for i in range(21)])
+    np.testing.assert_array_equal(together, alone)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("exact", [True, False])
+def test_a_damaged_activation_is_not_hidden(bad: float, exact: bool) -> None:
+    codes, x = case(6, 20, 130, 2, 4, 64, False)
+    x[1, 77] = bad
+    found = product(codes, x, exact=exact)
+    assert np.isfinite(found[0]).all()
+    assert not np.isfinite(found[1]).any()
+
+
+def test_sizes_that_do_not_fit_are_refused() -> None:
+    codes, x = case(7, 20, 64, 2, 4, 32, False)
+    with pytest.raises(ValueError, match="fit"):
+        product(codes, np.ascontiguousarray(x[:, :60]))
+    with pytest.raises(ValueError, match="instruction set"):
+        product(codes, x, isa="mmx")

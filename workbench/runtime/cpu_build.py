@@ -1,0 +1,333 @@
+"""From a model's config and matrices to the decoder of the compute kernels.
+
+The kernels know no model by name: what differs between families (norms, positions, gates, windows, scales) is
+translated here into data, from the same configs that transformers reads.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from workbench.errors import EngineError
+from workbench.models.base import Architecture
+from workbench.progress import Job
+from workbench.runtime.cpu_source import GROUP_KINDS, Matrix, Source
+from workbench.runtime.plan import NormThreshold, Plan, PositionTable, ProjectionMask
+
+if TYPE_CHECKING:
+    from workbench.formats.compressed import CompressedModel
+    from workbench.models.base import LoadedModel
+
+_FUNCTIONS = {
+    "relu": "relu",
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+}
+_MIN_GROUP = 8  # smaller groups would be padded to more bytes than bf16 takes
+
+
+def kernels() -> ModuleType:
+    """Return the compiled kernels.
+
+    Raises:
+        EngineError: the package was installed without them.
+    """
+    try:
+        from workbench.runtime import _cpu
+    except ImportError as error:
+        raise EngineError(
+            f"The cpu engine was not built ({error}): install a C++20 compiler (Debian: apt-get install g++), then "
+            "install this package again. The reference engine runs without it."
+        ) from error
+    return _cpu
+
+
+def check(target: LoadedModel | CompressedModel) -> None:
+    """Raise ``EngineError`` where the decoder cannot run a model; its weights are not looked at, their kinds are."""
+    from workbench.models.base import LoadedModel
+
+    if isinstance(target, LoadedModel):
+        config: Mapping[str, Any] = target.module.config.to_dict()
+        if target.device.type != "cpu" or str(target.dtype) not in ("torch.float32", "torch.bfloat16"):
+            raise EngineError(
+                f"The cpu engine runs float32 and bfloat16 models on the cpu, this one is {target.dtype} on "
+                f"{target.device}: load it so, or use the reference engine."
+            )
+    else:
+        config = target.config
+        if "cpu" not in target.engines:
+            raise EngineError(f"The cpu engine cannot run these weights: they need one of {', '.join(target.engines)}.")
+    _positions(config, target.architecture)
+    _function(target.architecture.activation)
+
+
+def build(
+    source: Source,
+    plan: Plan,
+    *,
+    exact: bool,
+    threads: int,
+    cores: Sequence[int] = (),
+    isa: str = "auto",
+    planes: bool = False,
+    job: Job | None = None,
+) -> Any:
+    """Build the decoder of a model.
+
+    Args:
+        source: its numbers.
+        plan: decisions to take while decoding.
+        exact: fp32 activations and cache, else int8 activations (bf16 for bf16 weights) and fp16 cache.
+        threads: of the decoder, the caller's included.
+        cores: processor of each thread, or none.
+        isa: ``auto``, ``portable``, ``avx2``, ``avx512`` or ``avx512bf16``.
+        planes: keep group codes as bit-planes and not packed.
+        job: progress.
+
+    Raises:
+        EngineError: something of this model or plan that the engine does not run.
+    """
+    job = job or Job()
+    core = kernels()
+    arch = source.architecture
+    config = source.config
+    ropes, of_block = _positions(config, arch)
+    try:
+        engine = core.Engine(
+            blocks=arch.n_blocks,
+            hidden=arch.hidden_size,
+            heads=arch.n_heads,
+            kv_heads=arch.n_kv_heads,
+            head_dim=arch.head_dim,
+            neurons=arch.n_neurons,
+            vocab=arch.vocab_size,
+            context=arch.context_length,
+            layer_norm=arch.family == "opt",
+            epsilon=float(config.get("rms_norm_eps", 1e-5)),  # torch.nn.LayerNorm's default is OPT's
+            function=_function(arch.activation),
+            gated=arch.gated,
+            embedding_scale=float(np.float32(math.sqrt(arch.hidden_size))) if arch.family == "gemma3" else 1.0,
+            attention_scale=float(config.get("query_pre_attn_scalar", arch.head_dim)) ** -0.5,
+            softcap=float(config.get("final_logit_softcapping") or 0.0),
+            rotary_dim=2 * len(ropes[0][0]) if ropes else 0,
+            position_offset=2 if arch.family == "opt" else 0,
+            exact=exact,
+            threads=threads,
+            cores=list(cores),
+            isa=isa,
+        )
+        for frequencies, factor in ropes:
+            engine.add_rope(frequencies, factor)
+        for block, (rope, window) in enumerate(of_block):
+            engine.set_attention(block, rope, window)
+        _matrices(engine, source, arch, planes, job)
+        _vectors(engine, source, arch)
+        _plan(engine, plan, arch)
+        engine.finish()
+    except (ValueError, IndexError) as error:
+        raise EngineError(f"The cpu engine cannot run this model: {error}") from error
+    return engine
+
+
+def _function(name: str) -> str:
+    if name not in _FUNCTIONS:
+        raise EngineError(
+            f"The cpu engine has no activation '{name}' (it has {', '.join(sorted(_FUNCTIONS))}): use the reference "
+            "engine."
+        )
+    return _FUNCTIONS[name]
+
+
+# Positions ------------------------------------------------------------------------------------------------------------
+
+
+def _positions(
+    config: Mapping[str, Any], arch: Architecture
+) -> tuple[list[tuple[np.ndarray, float]], list[tuple[int, int]]]:
+    """Rotary tables (frequencies, factor), and per block its table (-1: none) and window (0: all positions)."""
+    if config.get("attn_logit_softcapping"):
+        raise EngineError("The cpu engine has no soft cap on attention scores: use the reference engine.")
+    if arch.family == "opt":
+        return [], [(-1, 0)] * arch.n_blocks
+    kinds = config.get("layer_types") or ["sliding_attention" if config.get("sliding_window") else "full_attention"]
+    if len(kinds) == 1:
+        kinds = kinds * arch.n_blocks
+    window = int(config.get("sliding_window") or 0)
+    parameters = config.get("rope_parameters") or {}
+    by_kind = parameters if any(isinstance(v, Mapping) for v in parameters.values()) else None
+    used = sorted(set(kinds)) if by_kind is not None else ["all"]
+    tables = [_rope((by_kind or {}).get(kind, parameters), config, arch) for kind in used]
+    return tables, [
+        (used.index(kind) if by_kind is not None else 0, window if kind == "sliding_attention" else 0) for kind in kinds
+    ]
+
+
+def _rope(parameters: Mapping[str, Any], config: Mapping[str, Any], arch: Architecture) -> tuple[np.ndarray, float]:
+    """Frequencies of one kind of rotary positions, in radians per position, as transformers computes them."""
+    kind = parameters.get("rope_type", "default")
+    theta = float(parameters.get("rope_theta") or config.get("rope_theta") or 10000.0)
+    share = float(parameters.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0)
+    dim = int(arch.head_dim * share)
+    frequencies = 1.0 / np.float32(theta) ** (np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim))
+    if kind == "linear":
+        frequencies = frequencies / np.float32(parameters["factor"])
+    elif kind == "llama3":
+        frequencies = _llama3(frequencies, parameters)
+    elif kind != "default":
+        raise EngineError(f"The cpu engine has no rotary positions of type '{kind}': use the reference engine.")
+    return frequencies.astype(np.float32), 1.0
+
+
+def _llama3(frequencies: np.ndarray, parameters: Mapping[str, Any]) -> np.ndarray:
+    """Llama 3.1's scaling: long wavelengths are stretched by ``factor``, short ones kept, those between blended."""
+    factor, original = float(parameters["factor"]), float(parameters["original_max_position_embeddings"])
+    low, high = float(parameters["low_freq_factor"]), float(parameters["high_freq_factor"])
+    wavelength = 2 * math.pi / frequencies.astype(np.float64)
+    smooth = np.clip((original / wavelength - low) / (high - low), 0.0, 1.0)
+    return ((1 - smooth) * frequencies / factor + smooth * frequencies).astype(np.float32)
+
+
+# Weights --------------------------------------------------------------------------------------------------------------
+
+
+def _matrices(engine: Any, source: Source, arch: Architecture, planes: bool, job: Job) -> None:
+    job.stage("prepare weights", len(arch.linears))
+    for linear in arch.linears:
+        matrix = source.matrix(linear.id)
+        for role, part in _split(linear.role, matrix, arch):
+            _set(engine, f"blocks.{linear.block}.{role}", part, planes)
+        job.advance()
+    if source.has_output():
+        _set(engine, "output", source.matrix("output"), False)
+    _set(engine, "embedding", source.matrix("embedding"), False)
+
+
+def _rows_of(role: str, arch: Architecture) -> dict[str, tuple[int, int]]:
+    """Where the rows of fused linears lie."""
+    queries, keys = arch.n_heads * arch.head_dim, arch.n_kv_heads * arch.head_dim
+    if role == "qkv":
+        return {"q": (0, queries), "k": (queries, queries + keys), "v": (queries + keys, queries + 2 * keys)}
+    if role == "gate_up":
+        return {"gate": (0, arch.n_neurons), "up": (arch.n_neurons, 2 * arch.n_neurons)}
+    return {}
+
+
+def _split(role: str, matrix: Matrix, arch: Architecture) -> Iterator[tuple[str, Matrix]]:
+    parts = _rows_of(role, arch)
+    if not parts:
+        yield role, matrix
+    for name, (first, last) in parts.items():
+        yield name, matrix.rows(first, last)
+
+
+def _set(engine: Any, name: str, matrix: Matrix, planes: bool) -> None:
+    t = {part: np.ascontiguousarray(tensor) for part, tensor in matrix.tensors.items()}
+    if matrix.kind == "f32":
+        engine.set_f32(name, t["weight"])
+    elif matrix.kind == "dense":
+        engine.set_bf16(name, t["weight"])
+    elif matrix.kind in GROUP_KINDS:
+        group = int(matrix.meta["group_size"])
+        if group < min(_MIN_GROUP, int(matrix.meta["shape"][1])):
+            raise EngineError(
+                f"'{name}' has groups of {group}: the cpu engine runs groups of {_MIN_GROUP} and more. Compress with "
+                "larger groups, or use the reference engine."
+            )
+        engine.set_groups(
+            name,
+            t["codes"],
+            int(matrix.meta["shape"][1]),
+            int(matrix.meta["bits"]),
+            group,
+            scales16=t["scales"].view(np.uint16),
+            zeros=t.get("zeros"),
+            minima16=t["minima"].view(np.uint16) if "minima" in t else None,
+            planes=planes or matrix.kind == "nested",
+            nested=matrix.kind == "nested",
+        )
+    else:
+        raise EngineError(
+            f"'{name}' is stored as '{matrix.kind}', which the cpu engine does not run: use the reference engine."
+        )
+
+
+def _vectors(engine: Any, source: Source, arch: Architecture) -> None:
+    """Norms, biases and learned positions."""
+    renamed = {"q": "q_norm", "k": "k_norm"}
+    if not any(name.endswith(".pre_mlp") for name in arch.norms):
+        renamed["post_attention"] = "pre_mlp"  # named for where it stands; it norms what the MLP reads
+    for name, path in arch.norms.items():
+        owner, _, role = name.rpartition(".")
+        target = f"{owner}.{renamed.get(role, role)}" if owner else role
+        weight = source.vector(f"{path}.weight")
+        if weight is not None:
+            # Gemma stores the difference from one.
+            engine.set_vector(target, weight + np.float32(1) if arch.family == "gemma3" else weight)
+        bias = source.vector(f"{path}.bias")
+        if bias is not None:
+            engine.set_vector(f"{target}.bias", bias)
+    for linear in arch.linears:
+        bias = source.vector(f"{linear.path}.bias") if linear.bias else None
+        if bias is None:
+            continue
+        parts = _rows_of(linear.role, arch) or {linear.role: (0, linear.out_features)}
+        for role, (first, last) in parts.items():
+            engine.set_vector(f"blocks.{linear.block}.{role}.bias", np.ascontiguousarray(bias[first:last]))
+    if arch.family == "opt":
+        table = source.vector("model.decoder.embed_positions.weight")
+        if table is None:
+            raise EngineError("This OPT model has no table of positions.")
+        engine.set_vector("positions", table.reshape(-1))
+
+
+# Plan -----------------------------------------------------------------------------------------------------------------
+
+
+def _plan(engine: Any, plan: Plan, arch: Architecture) -> None:
+    for linear_id, transforms in plan.transforms.items():
+        linear = arch.linear(linear_id)
+        for role in list(_rows_of(linear.role, arch)) or [linear.role]:
+            name = f"blocks.{linear.block}.{role}"
+            for transform in transforms:
+                if transform.kind == "scale":
+                    engine.add_scale(name, np.ascontiguousarray(transform.array, dtype=np.float32))
+                elif transform.kind == "order":
+                    engine.add_order(name, np.ascontiguousarray(transform.array, dtype=np.int64))
+                else:
+                    engine.add_rotation(name, np.ascontiguousarray(transform.array, dtype=np.float32))
+    for decider in plan.deciders:
+        program, numbers, matrix, positions = _program(decider.program)
+        engine.add_decider(
+            decider.tap.kind,
+            decider.tap.block,
+            decider.scope.kind,
+            decider.scope.n,
+            float(decider.default),
+            program,
+            numbers,
+            matrix,
+            positions,
+        )
+    for consumer in plan.consumers:
+        engine.add_consumer(plan.slots.index(consumer.slot), consumer.kind, consumer.target, list(consumer.widths))
+
+
+def _program(program: Any) -> tuple[str, list[float], np.ndarray | None, list[int]]:
+    if isinstance(program, NormThreshold):
+        return "norm_threshold", [program.threshold, program.low, program.high], None, []
+    if isinstance(program, ProjectionMask):
+        matrix = np.ascontiguousarray(program.matrix, dtype=np.float32)
+        return "projection_mask", [float(program.keep)], matrix, []
+    if isinstance(program, PositionTable):
+        return "position_table", list(program.values), None, list(program.positions)
+    raise EngineError(
+        f"The cpu engine has no program '{type(program).__name__}': deciders run inside its step, without Python."
+    )
