@@ -126,7 +126,7 @@ def test_a_failed_write_leaves_the_old_report(tmp_path: Path, monkeypatch: pytes
     path = write_report(tmp_path / "r.html", title="first")
 
     def refuse(*_: object) -> None:
-        raise OSError(28, "the disk is full on device")
+        raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("os.replace", refuse)
     with pytest.raises(StoreError, match="disk is full"):
