@@ -14,13 +14,17 @@ from pydantic import BeforeValidator, Field, field_validator
 from workbench.analysis.profile import TextRecord
 from workbench.apply.bnb import BnbInt8Config, BnbNf4Config
 from workbench.apply.config import MethodConfig, Strict, Whole
+from workbench.apply.gguf import GgufConfig
+from workbench.apply.nested import NestedConfig
 from workbench.apply.rtn import RtnConfig
 from workbench.errors import InputError, RecipeError
 from workbench.files import check_output_file, write_whole
 from workbench.formats.manifest import Sha256
 from workbench.models.base import Fingerprint, LoadedModel
 
-AnyMethod = Annotated[RtnConfig | BnbNf4Config | BnbInt8Config, Field(discriminator="method")]
+AnyMethod = Annotated[
+    RtnConfig | NestedConfig | GgufConfig | BnbNf4Config | BnbInt8Config, Field(discriminator="method")
+]
 
 
 class Identity(Strict):

@@ -20,8 +20,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from workbench.errors import IntegrityError, ModelError
-from workbench.formats import bnb as bnb  # its encodings register themselves
+from workbench.formats import bnb as bnb  # these modules' encodings register themselves
+from workbench.formats import ggml as ggml
 from workbench.formats import manifest
+from workbench.formats import nested as nested
 from workbench.formats.encodings import Encoding, Tensors, from_parts
 from workbench.formats.folder import MANIFEST, file_sha256, is_compressed, new_folder, refusal
 from workbench.formats.manifest import Base, EncodingRecord, FileRecord, Manifest

@@ -89,6 +89,16 @@ class Encoding(ABC):
         """Bits on disk of all stored tensors, padding included."""
         return 8 * sum(t.numel() * t.element_size() for t in self.tensors().values())
 
+    def read_bits(self, bits: int | None = None) -> int:
+        """Stored bits that reading this matrix at a width touches; None is the widest.
+
+        Raises:
+            EngineError: a width that this encoding does not hold.
+        """
+        if bits is not None and bits != self.bits:
+            raise EngineError(f"This matrix is stored at {self.bits} bits only, {bits} were asked for.")
+        return self.stored_bits
+
     def module(self, bias: torch.Tensor | None, dtype: torch.dtype, device: torch.device) -> nn.Module:
         """Return a linear layer that computes with these weights, in ``dtype`` on ``device``."""
         return _linear(self._dequantize().to(device, dtype), bias)

@@ -84,11 +84,11 @@ def load_module(path: Path, header: GgufHeader, dtype: torch.dtype) -> PreTraine
     """
     config = config_of(path, header)
     data = np.memmap(path, mode="r", dtype=np.uint8)
-    layout = _layout(header, config)
+    layout = layout_of(header, config)
     state: dict[str, torch.Tensor] = {}
     for name, info in header.tensors.items():
         values = layout(name, _dequantize(path, name, info, data))
-        state[_state_name(path, header.architecture, name)] = torch.from_numpy(values).to(dtype)
+        state[state_name(path, header.architecture, name)] = torch.from_numpy(values).to(dtype)
     return assign(empty_module(config), state)
 
 
@@ -150,7 +150,7 @@ def _decimal(value: float) -> float:
     return float(f"{value:.7g}")
 
 
-def _state_name(path: Path, arch: str, name: str) -> str:
+def state_name(path: Path, arch: str, name: str) -> str:
     """Return the state-dict name of a GGUF tensor."""
     stem, _, suffix = name.rpartition(".")
     if stem in _TOP:
@@ -180,7 +180,7 @@ def _dequantize(path: Path, name: str, info: TensorInfo, data: np.ndarray) -> np
     return values.reshape(info.shape)
 
 
-def _layout(header: GgufHeader, config: Mapping[str, Any]) -> Callable[[str, np.ndarray], np.ndarray]:
+def layout_of(header: GgufHeader, config: Mapping[str, Any]) -> Callable[[str, np.ndarray], np.ndarray]:
     """Return the function (tensor name, values) that undoes what converting to GGUF changes in this architecture."""
 
     def llama(name: str, values: np.ndarray) -> np.ndarray:

@@ -37,6 +37,12 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 _FORMS = f"give '{EMBEDDED}', a folder with config.json and safetensors, a GGUF file, or a hub id (owner/name)"
 
 
+def gguf_file(source: str | Path) -> Path | None:
+    """Return the GGUF file that ``load`` reads for a name or path, None where it reads something else."""
+    path = _embedded().path if str(source) == EMBEDDED else Path(source).expanduser()
+    return path.absolute() if path.is_file() and is_gguf(path) else None
+
+
 def load(
     source: str | Path = EMBEDDED,
     *,

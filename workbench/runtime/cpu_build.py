@@ -234,6 +234,12 @@ def _set(engine: Any, name: str, matrix: Matrix, planes: bool) -> None:
         engine.set_f32(name, t["weight"])
     elif matrix.kind == "dense":
         engine.set_bf16(name, t["weight"])
+    elif matrix.kind == "superblocks":
+        size, block = int(matrix.meta["group_size"]), int(matrix.meta["block"])
+        scales = _product(t["super_scales"], t["scales"], block // size)
+        low = -_product(t["super_minima"], t["minima"], block // size) if "minima" in t else None
+        shape, bits = matrix.meta["shape"], int(matrix.meta["bits"])
+        engine.set_groups(name, t["codes"], int(shape[1]), bits, size, scales32=scales, minima32=low)
     elif matrix.kind in GROUP_KINDS:
         group = int(matrix.meta["group_size"])
         if group < min(_MIN_GROUP, int(matrix.meta["shape"][1])):
@@ -257,6 +263,11 @@ def _set(engine: Any, name: str, matrix: Matrix, planes: bool) -> None:
         raise EngineError(
             f"'{name}' is stored as '{matrix.kind}', which the cpu engine does not run: use the reference engine."
         )
+
+
+def _product(of_block: np.ndarray, of_group: np.ndarray, groups: int) -> np.ndarray:
+    """Scales of groups, fp32: 11 bits times 8 bits are exact."""
+    return np.repeat(of_block.astype(np.float32), groups, axis=1) * of_group.astype(np.float32)
 
 
 def _vectors(engine: Any, source: Source, arch: Architecture) -> None:

@@ -14,6 +14,7 @@ from typing import Literal, Protocol
 import numpy as np
 
 from workbench.errors import EngineError, suggest
+from workbench.models.base import Architecture
 
 TapKind = Literal["residual", "block_input", "attention_output"]
 ConsumerKind = Literal["width", "heads", "neurons", "input_threshold", "path"]
@@ -59,9 +60,14 @@ class Program(Protocol):
     cost per decision.
     """
 
-    size: int
-    multiply_adds: int
-    bytes: int
+    @property
+    def size(self) -> int: ...
+
+    @property
+    def multiply_adds(self) -> int: ...
+
+    @property
+    def bytes(self) -> int: ...
 
     def __call__(self, taps: np.ndarray, positions: np.ndarray) -> np.ndarray:
         """Map taps (n, width) float32 at sequence positions (n,) int64 to values (n,) or (n, size) float32.
@@ -232,6 +238,15 @@ def _order_of_use(consumer: Consumer) -> tuple[int, int]:
             raise EngineError(f"A {consumer.kind} consumer targets a unit, got '{consumer.target}'.")
         stage = _UNIT_STAGE[parts[2]]
     return int(parts[1]), stage
+
+
+def width_plan(architecture: Architecture, widths: Sequence[int], bits: int) -> Plan:
+    """One slot, ``width``, read by all units of nested weights: ``bits`` until a policy says another of ``widths``."""
+    table = PositionTable((0,), (float(bits),))
+    return Plan(
+        deciders=(Decider("width", Tap("residual", 0), table, Scope("token"), default=float(bits)),),
+        consumers=tuple(Consumer("width", "width", unit.id, tuple(widths)) for unit in architecture.units),
+    )
 
 
 @dataclass(frozen=True)

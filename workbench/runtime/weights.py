@@ -48,7 +48,4 @@ class CompressedWeights:
         return self._compressed.linears[linear_id].dequantize(bits)
 
     def stored_bytes(self, linear_id: str, bits: int | None = None) -> float:
-        encoding = self._compressed.linears[linear_id]
-        if bits is not None and bits != encoding.bits:
-            raise EngineError(f"{linear_id} is stored at {encoding.bits} bits only, {bits} were asked for.")
-        return encoding.stored_bits / 8
+        return self._compressed.linears[linear_id].read_bits(bits) / 8
