@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -14,6 +15,7 @@ from workbench.measure.environment import (
     environment,
     memory_bandwidth,
 )
+from workbench.measure.memory import available_bytes
 
 
 def test_environment_is_json_and_names_what_timings_depend_on() -> None:
@@ -48,3 +50,18 @@ def test_one_processor_per_core_is_taken_before_a_second_one() -> None:
     assert choose_cpus(2, [0, 1, 4, 5], siblings) == [0, 1]
     assert choose_cpus(3, [0, 1, 4, 5], siblings) == [0, 1, 4]
     assert choose_cpus(2, [0, 4, 1, 5], [siblings[0], siblings[0], siblings[1], siblings[1]]) == [0, 1]
+
+
+@pytest.mark.parametrize(("bound", "expected"), [("2000000000", 700_000_000), ("100", 0)])
+def test_a_container_bounds_what_is_available(tmp_path: Path, bound: str, expected: int) -> None:
+    (tmp_path / "memory.max").write_text(f"{bound}\n")
+    (tmp_path / "memory.current").write_text("1500000000\n")
+    (tmp_path / "memory.stat").write_text("anon 1200000000\ninactive_file 200000000\n")
+    assert available_bytes(tmp_path) == expected
+
+
+def test_without_a_bound_the_machine_counts(tmp_path: Path) -> None:
+    everything = available_bytes(tmp_path)
+    for name in ("max", "current", "stat"):
+        (tmp_path / f"memory.{name}").write_text("max" if name == "max" else "0")
+    assert available_bytes(tmp_path) > everything / 2 > 0

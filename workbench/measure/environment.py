@@ -15,6 +15,7 @@ import numpy as np
 import psutil
 
 from workbench.errors import InputError
+from workbench.measure.memory import available_bytes
 
 # Instruction sets that decide which kernels a library picks. Names as Linux spells them.
 _FLAGS = (
@@ -63,7 +64,7 @@ def environment() -> dict[str, Any]:
         "flags": [flag for flag in _FLAGS if flag in flags],
         "virtualised": "hypervisor" in flags if flags else None,
         "memory_bytes": int(memory.total),
-        "memory_available_bytes": int(memory.available),
+        "memory_available_bytes": available_bytes(),
         "os": platform.system(),
         "kernel": platform.release(),
         "gpus": _gpus(),
@@ -94,7 +95,7 @@ def memory_bandwidth(threads: int, gib: float = 1.0, repeats: int = 5) -> float:
     if threads < 1 or gib <= 0 or repeats < 1:
         raise InputError(f"memory_bandwidth({threads=}, {gib=}, {repeats=}): all three must be positive.")
     size = int(gib * 2**30) // 8
-    free = psutil.virtual_memory().available
+    free = available_bytes()
     if size * 8 > 0.8 * free:
         raise InputError(
             f"Measuring bandwidth over {gib:g} GiB needs more memory than is free ({free / 2**30:.1f} GiB): "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -91,7 +92,9 @@ def measure(
         Target(model.source, name="dense", engine=name, dtype=dense_dtype),
         Target(candidate.folder or compressed, name="compressed", engine=name),
     ]
-    del model, candidate  # the timing process loads both itself: a third copy here would only take its memory
+    # The timing process loads both itself: a third copy here, which an engine holds too, would only take its memory.
+    del model, candidate, baseline, other
+    gc.collect()  # a transformers module refers to itself
     latency = measure_many(sides[0], sides[1:], pairs=pairs, new_tokens=new_tokens, threads=threads, job=job)[0]
     alone = [measure_alone(side, new_tokens=new_tokens, threads=threads, job=job) for side in sides]
     bandwidth, no_bandwidth = _bandwidth(threads)

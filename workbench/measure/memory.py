@@ -24,6 +24,22 @@ class MemoryResult:
     peak_device_bytes: int | None
 
 
+def available_bytes(group: Path = Path("/sys/fs/cgroup")) -> int:
+    """Memory that may still be taken: what the machine has, or less where a container bounds it (control groups, v2).
+
+    What the group counts as used includes files that the kernel drops when asked for more; those are available.
+    """
+    free = int(psutil.virtual_memory().available)
+    try:
+        bound, used = ((group / f"memory.{name}").read_text().strip() for name in ("max", "current"))
+        counts = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        if bound != "max":
+            free = min(free, int(bound) - int(used) + int(counts.get("inactive_file", 0)))
+    except (OSError, ValueError):  # no such group here, or another form of it
+        pass
+    return max(0, free)
+
+
 def rss_bytes() -> int:
     """Resident size of this process now."""
     return int(psutil.Process().memory_info().rss)

@@ -139,6 +139,7 @@ def try_recipe(model: LoadedModel, recipe: Recipe, folder: Path, settings: Setti
     compressed = CompressedModel.load(folder)
     looking = settings.looking
     generations = side_by_side(model, compressed, chosen_prompts(looking), looking.new_tokens, job)
+    del compressed  # measuring opens it by itself
     found = measure(folder, model, seed=looking.seed, job=job, **settings.arguments)
     number = record_measurement(store, "measure", found, name=f"notebook, {found.sizes.effective_bits:.2f} bits")
     return Trial(recipe, folder, generations, found, number)
