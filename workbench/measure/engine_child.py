@@ -1,0 +1,174 @@
+"""The process that times engines and rivals in turns: ``python -m workbench.measure.engine_child``."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+from workbench.errors import EngineError
+from workbench.measure.child import serve
+from workbench.measure.decoding import Reply, lengthen
+from workbench.measure.latency_child import order_of_round
+from workbench.progress import Job
+from workbench.runtime import open_engine
+from workbench.runtime.cpu import CpuEngine
+from workbench.runtime.plan import Policy, width_plan
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of each decoding step, and bytes that a step touched (None where the engine does not say)."""
+
+    step_s: list[float]
+    touched_bytes: float | None
+    parts: dict[str, float] | None
+
+
+class Side(Protocol):
+    """One contender."""
+
+    def decode(self, prompt: Sequence[int], new_tokens: int) -> Timing: ...
+
+    def prefill(self, prompt: Sequence[int]) -> float:
+        """Seconds from a prompt to the logits after it."""
+        ...
+
+
+class CpuSide:
+    """The cpu engine; several sides may share one nested model, each with its width."""
+
+    def __init__(self, engine: CpuEngine, bits: int | None) -> None:
+        self._engine, self._bits = engine, bits
+
+    def _start(self) -> Any:
+        self._engine.set_policy(Policy({} if self._bits is None else {"width": self._bits}))
+        return self._engine.start()
+
+    def decode(self, prompt: Sequence[int], new_tokens: int) -> Timing:
+        sequence, at = self._start(), [0.0]
+        self._engine.generate(sequence, prompt, new_tokens + 1, on_token=lambda _: at.append(time.perf_counter()))
+        steps = sequence.trace[len(prompt) :]
+        parts = {name: float(np.median([step.parts[name] for step in steps])) for name in steps[0].parts}
+        return Timing(np.diff(at[1:]).tolist(), float(np.mean([step.touched_bytes for step in steps])), parts)
+
+    def prefill(self, prompt: Sequence[int]) -> float:
+        sequence = self._start()
+        started = time.perf_counter()
+        self._engine.prefill(sequence, prompt)
+        return time.perf_counter() - started
+
+
+class ReferenceSide:
+    """PyTorch through transformers, and bitsandbytes through it."""
+
+    def __init__(self, engine: Any) -> None:
+        self._engine = engine
+
+    def decode(self, prompt: Sequence[int], new_tokens: int) -> Timing:
+        reply, seconds = Reply(self._engine, prompt), []
+        for _ in range(new_tokens):
+            started = time.perf_counter()
+            reply.step()
+            seconds.append(time.perf_counter() - started)
+        return Timing(seconds, None, None)
+
+    def prefill(self, prompt: Sequence[int]) -> float:
+        sequence = self._engine.start()
+        started = time.perf_counter()
+        self._engine.prefill(sequence, prompt)
+        return time.perf_counter() - started
+
+
+class LlamaCppSide:
+    """llama.cpp through llama-cpp-python: only the evaluation is timed, no sampling."""
+
+    def __init__(self, path: str, threads: int, context: int) -> None:
+        from llama_cpp import Llama
+
+        self._model = Llama(path, n_ctx=context, n_threads=threads, n_threads_batch=threads, verbose=False)
+
+    def decode(self, prompt: Sequence[int], new_tokens: int) -> Timing:
+        self._model.reset()
+        self._model.eval(list(prompt))
+        seconds = []
+        for i in range(new_tokens):
+            token = prompt[i % len(prompt)]
+            started = time.perf_counter()
+            self._model.eval([token])
+            seconds.append(time.perf_counter() - started)
+        return Timing(seconds, None, None)
+
+    def prefill(self, prompt: Sequence[int]) -> float:
+        self._model.reset()
+        started = time.perf_counter()
+        self._model.eval(list(prompt))
+        return time.perf_counter() - started
+
+
+def _open(sides: Sequence[dict[str, Any]], threads: int, context: int, job: Job) -> list[Side]:
+    engines: dict[tuple, Any] = {}
+    found: list[Side] = []
+    for side in sides:
+        key = (side["engine"], side["source"], side["dtype"])
+        if side["engine"] == "llama.cpp":
+            found.append(LlamaCppSide(side["source"], threads, context))
+        else:
+            if key not in engines:
+                engines[key] = _engine(side, threads)
+            engine = engines[key]
+            found.append(CpuSide(engine, side["bits"]) if side["engine"] == "cpu" else ReferenceSide(engine))
+        job.advance()
+    return found
+
+
+def _engine(side: dict[str, Any], threads: int) -> Any:
+    if side["bits"] is None:
+        return open_engine(side["source"], engine=side["engine"], threads=threads, dtype=side["dtype"])
+    from workbench.formats.compressed import CompressedModel
+
+    model = CompressedModel.load(side["source"])
+    return CpuEngine(model, width_plan(model.architecture, side["widths"], side["widths"][-1]), threads=threads)
+
+
+def measure(request: dict[str, Any], job: Job) -> dict[str, Any]:
+    """Time all sides in turns; ``benches.engine`` writes the request and reads the answer."""
+    from workbench.runtime.cpu_build import kernels
+
+    prompt, new_tokens, threads = request["prompt"], request["new_tokens"], request["threads"]
+    long_prompt = lengthen(prompt, request["prefill_tokens"])
+    context = max(len(long_prompt), len(prompt) + new_tokens) + 16
+    job.stage("load engines", len(request["sides"]))
+    sides = _open(request["sides"], threads, context, job)
+    bandwidth = [kernels().bandwidth(threads)]
+    rounds = request["warmup"] + request["pairs"]
+    runs: list[list[dict[str, Any]]] = [[] for _ in sides]
+    job.stage("time decoding", rounds * len(sides))
+    for index in range(rounds):
+        for i in order_of_round(index, len(sides)):
+            timing = sides[i].decode(prompt, new_tokens)
+            if index >= request["warmup"]:
+                runs[i].append(vars(timing))
+            job.advance()
+        if index % 5 == 4:  # the machine is shared: its bandwidth is measured along the way
+            bandwidth.append(kernels().bandwidth(threads, repeats=2))
+    prefill: list[list[float]] = [[] for _ in sides]
+    job.stage("time prefill", request["prefill_repeats"] * len(sides))
+    for index in range(request["prefill_repeats"]):
+        for i in order_of_round(index, len(sides)):
+            prefill[i].append(sides[i].prefill(long_prompt))
+            job.advance()
+    if any(not run for run in runs):
+        raise EngineError("No round of timing counted: ask for at least one pair.")
+    return {
+        "sides": [{"runs": run, "prefill_s": seconds} for run, seconds in zip(runs, prefill, strict=True)],
+        "prefill_tokens": len(long_prompt),
+        "bandwidth": bandwidth,
+    }
+
+
+if __name__ == "__main__":
+    serve(measure)
