@@ -22,10 +22,10 @@ TESTS := tests $(wildcard notebooks)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint format lab dashboard chromium install clean distclean FORCE
+.PHONY: help demo test test-kernels lint format lab dashboard chromium install clean distclean FORCE
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: install ## look, pick, run and measure on a real model, into out/demo
 	$(BIN)/workbench demo --out $(OUT)
@@ -38,6 +38,20 @@ lint: install ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+test-kernels: $(addprefix test-kernels-,plain asan tsan) ## the kernels alone, in C++: as they are, then under sanitizers
+
+KERNELS_plain :=
+KERNELS_asan := -DWB_SANITIZE=address,undefined
+KERNELS_tsan := -DWB_SANITIZE=thread -DWB_AVX512=OFF
+# ThreadSanitizer cannot map its shadow where addresses are spread at random too widely.
+RUN_tsan := $(if $(shell command -v setarch),setarch -R)
+
+test-kernels-%: FORCE
+	@echo "== wb_test: $*"
+	cmake -S . -B build/kernels-$* -DWB_TESTS=ON $(KERNELS_$*) > /dev/null
+	cmake --build build/kernels-$* --target wb_test --parallel 2
+	$(RUN_$*) build/kernels-$*/kernels/cpu/wb_test $(if $(KERNELS_$*),--quick)
 
 format: install ## rewrite the sources as `make lint` wants them
 	$(BIN)/ruff check --fix .

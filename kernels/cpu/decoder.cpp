@@ -4,7 +4,9 @@
 #include <chrono>
 #include <cmath>
 #include <cstring>
+#include <exception>
 #include <stdexcept>
+#include <utility>
 
 #include "half.hpp"
 
@@ -140,11 +142,24 @@ struct Decoder::Pass {
   Clock::time_point last;
   std::atomic<int> bad_width{0};
   const Visit* visit = nullptr;
+  std::exception_ptr thrown;
+
+  // The caller's code, on thread 0. What it throws waits until all threads have left the pass: they meet at barriers.
+  template <class Work>
+  void call(Work work) {
+    if (thrown) return;
+    try {
+      work();
+    } catch (...) {
+      thrown = std::current_exception();
+    }
+  }
 };
 
 // Sequence ---------------------------------------------------------------------------------------------------------
 
 Sequence::Sequence(Decoder& decoder) : owner_(&decoder) {
+  if (!decoder.finished_) throw std::logic_error("This decoder is not complete.");
   const auto& s = decoder.spec();
   const std::size_t item = s.exact ? 4 : 2;
   key_bytes_ = item * static_cast<std::size_t>(s.kv_heads) * kPiece * static_cast<std::size_t>(s.head_dim);
@@ -232,6 +247,7 @@ void Decoder::set_vector(const std::string& name, const float* values, std::size
 }
 
 int Decoder::add_rope(std::vector<float> frequencies, float factor) {
+  if (finished_) throw std::logic_error("This decoder is complete: nothing can be added.");
   if (frequencies.size() * 2 != static_cast<std::size_t>(spec_.rotary_dim))
     throw std::invalid_argument("Rotary positions need one frequency per pair of channels.");
   ropes_.emplace_back(std::move(frequencies), factor);
@@ -239,6 +255,7 @@ int Decoder::add_rope(std::vector<float> frequencies, float factor) {
 }
 
 void Decoder::set_attention(int block, int rope, int window) {
+  if (finished_) throw std::logic_error("This decoder is complete: nothing can be added.");
   if (block < 0 || block >= spec_.blocks || rope >= static_cast<int>(ropes_.size()) || window < 0)
     throw std::invalid_argument("No such block, rotary table or window.");
   blocks_[static_cast<std::size_t>(block)].rope = rope;
@@ -259,6 +276,7 @@ void Decoder::add_transform(const std::string& name, Transform transform) {
 void Decoder::add_decider(Decider decider) {
   if (finished_) throw std::logic_error("This decoder is complete: nothing can be added.");
   if (decider.block < 0 || decider.block >= spec_.blocks) throw std::invalid_argument("A decider reads a block that is not there.");
+  if (decider.scope == ScopeKind::every && decider.every < 1) throw std::invalid_argument("A decider decides every 1 or more positions.");
   decider.first = slot_width_;
   slot_width_ += decider.program->size();
   blocks_[static_cast<std::size_t>(decider.block)].deciders[static_cast<std::size_t>(decider.tap)].push_back(static_cast<int>(deciders_.size()));
@@ -266,6 +284,9 @@ void Decoder::add_decider(Decider decider) {
 }
 
 void Decoder::add_consumer(int slot, const std::string& kind, const std::string& target, std::vector<int> widths) {
+  if (finished_) throw std::logic_error("This decoder is complete: nothing can be added.");
+  std::sort(widths.begin(), widths.end());  // a width named twice must not be added twice
+  widths.erase(std::unique(widths.begin(), widths.end()), widths.end());
   const Decider& decider = deciders_.at(static_cast<std::size_t>(slot));
   const int size = decider.program->size();
   const auto dot = target.find('.', 7);
@@ -292,11 +313,11 @@ void Decoder::add_consumer(int slot, const std::string& kind, const std::string&
         if (unit != of) continue;
         LinearLayer& layer = linear("blocks." + std::to_string(index) + "." + role);
         if (!layer.present) continue;
-        claim(layer.width_slot, 1);
         for (const int w : widths) {
           const bool fits = layer.w.kind == Kind::planes ? w >= 1 && w <= layer.w.bits : w == layer.w.bits;
           if (!fits) throw std::invalid_argument(target + " has no " + std::to_string(w) + "-bit form.");
         }
+        claim(layer.width_slot, 1);
         layer.widths = widths;
       }
   } else {
@@ -387,7 +408,7 @@ void Decoder::finish() {
     b.q_norm = norm_of(at + "q_norm", s.head_dim, false);
     b.k_norm = norm_of(at + "k_norm", s.head_dim, false);
   }
-  vector("final", static_cast<std::size_t>(s.hidden), false);
+  norm_of("final", s.hidden, false);
   if (const auto found = vectors_.find("positions");
       found != vectors_.end() && found->second.size() < static_cast<std::size_t>(s.context + s.position_offset) * static_cast<std::size_t>(s.hidden))
     throw std::invalid_argument("'positions' has no row for every position of the context.");
@@ -624,7 +645,7 @@ void Decoder::Pass::site(const std::string& name, const Array<float>& from, int 
       packed.insert(packed.end(), row, row + width);
       ++end;
     }
-    d.tap_(name, rows[begin].position, packed.data(), static_cast<int>(end - begin), width);
+    call([&] { d.tap_(name, rows[begin].position, packed.data(), static_cast<int>(end - begin), width); });
     begin = end;
   }
 }
@@ -981,7 +1002,9 @@ void Decoder::Pass::logits(int t) {
         }
     wait(kOutput, t);
     if (t == 0 && *visit)
-      for (int i = 0; i < n; ++i) (*visit)(wanted[begin + static_cast<std::size_t>(i)], to_logit[static_cast<std::size_t>(i)]);
+      call([&] {
+        for (int i = 0; i < n; ++i) (*visit)(wanted[begin + static_cast<std::size_t>(i)], to_logit[static_cast<std::size_t>(i)]);
+      });
     if (begin + kLogitRows < wanted.size()) d.pool_->barrier();
   }
 }
@@ -1007,6 +1030,8 @@ void Decoder::run(const std::vector<Feed>& feeds, Logits logits, const Visit& vi
   for (const Feed& feed : feeds) {
     Sequence& sequence = *feed.sequence;
     if (sequence.owner_ != this) throw std::invalid_argument("A sequence belongs to the engine that started it.");
+    for (const Feed* other = feeds.data(); other != &feed; ++other)
+      if (other->sequence == &sequence) throw std::invalid_argument("A sequence can be in a pass only once.");
     const int begin = sequence.position();
     if (feed.count < 1) throw std::invalid_argument("No tokens were given.");
     if (begin + feed.count > spec_.context) throw std::length_error("The context is full.");
@@ -1037,6 +1062,7 @@ void Decoder::run(const std::vector<Feed>& feeds, Logits logits, const Visit& vi
   pass.begin_slots();
   const std::function<void(int)> work = [&pass](int t) { pass.run(t); };
   pool_->run(work);
+  if (pass.thrown) std::rethrow_exception(std::exchange(pass.thrown, nullptr));
   if (const int bits = pass.bad_width.load(); bits != 0)
     throw std::domain_error("A slot asks for " + std::to_string(std::max(bits, 0)) + " bits, which its unit does not offer.");
 

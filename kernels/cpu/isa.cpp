@@ -19,12 +19,16 @@ std::vector<Isa> available_isas() {
 #if defined(WB_X86)
   __builtin_cpu_init();
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+#if defined(WB_AVX512)
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
                       __builtin_cpu_supports("avx512vnni");
+#endif
   if (avx2) found.push_back(Isa::avx2);
+#if defined(WB_AVX512)
   if (avx512) found.push_back(Isa::avx512);
   if (avx512 && __builtin_cpu_supports("avx512bf16")) found.push_back(Isa::avx512bf16);
+#endif
 #endif
   return found;
 }

@@ -5,6 +5,8 @@ namespace wb {
 extern const Kernels kPortable;
 #if defined(WB_X86)
 extern const Kernels kAvx2;
+#endif
+#if defined(WB_AVX512)
 extern const Kernels kAvx512;
 extern const Kernels kAvx512Bf16;
 #endif
@@ -12,6 +14,8 @@ extern const Kernels kAvx512Bf16;
 const Kernels& kernels(Isa isa) {
 #if defined(WB_X86)
   if (isa == Isa::avx2) return kAvx2;
+#endif
+#if defined(WB_AVX512)
   if (isa == Isa::avx512) return kAvx512;
   if (isa == Isa::avx512bf16) return kAvx512Bf16;
 #endif

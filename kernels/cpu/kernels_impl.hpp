@@ -474,7 +474,8 @@ void quantize(const Grouping& grouping, const float* x, std::int8_t* q, float* s
     const float most = V::highest(highest), bad = V::sum(poison);
     active[block] = most > 0.0f || bad != bad;
     scale[block] = most / 127.0f + bad;
-    const auto inverse = V::set(most > 0.0f && bad == bad ? 127.0f / most : 0.0f);
+    // Capped, for 127 / most overflows below 4e-37.
+    const auto inverse = V::set(most > 0.0f && bad == bad ? std::min(127.0f / most, std::numeric_limits<float>::max()) : 0.0f);
     auto total = V::zero();
     for (int i = 0; i < parts; ++i) {
       const auto rounded = bad == bad ? V::round(V::mul(v[i], inverse)) : V::zero();

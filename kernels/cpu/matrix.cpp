@@ -116,6 +116,7 @@ std::size_t Matrix::read_bytes(int at_bits) const {
 Matrix make_groups(Arena& arena, int out, int in, const GroupSource& source) {
   const int bits = source.bits;
   if (bits < 2 || bits > 8) throw std::invalid_argument("Group codes have 2 to 8 bits.");
+  if (source.nested && (source.minima16 != nullptr || source.minima32 != nullptr)) throw std::invalid_argument("Nested codes have zero points, no minima.");
   if (source.group < 1) throw std::invalid_argument("A group has at least one channel.");
   Matrix m = sized(source.planes ? Kind::planes : Kind::packed, out, in);
   m.bits = bits;

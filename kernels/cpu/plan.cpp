@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <limits>
 #include <numeric>
 #include <stdexcept>
 
@@ -38,7 +39,7 @@ class ProjectionMask final : public Program {
       const float* row = matrix_.data() + static_cast<std::size_t>(i) * width_;
       double total = 0;
       for (int c = 0; c < std::min(width, width_); ++c) total += static_cast<double>(row[c]) * static_cast<double>(tap[c]);
-      scores[static_cast<std::size_t>(i)] = total;
+      scores[static_cast<std::size_t>(i)] = total == total ? total : -std::numeric_limits<double>::infinity();  // NaN has no order
     }
     std::vector<int> order(static_cast<std::size_t>(size_));
     std::iota(order.begin(), order.end(), 0);

@@ -45,8 +45,8 @@ Pool::Pool(int threads, const std::vector<int>& cores) : threads_(threads) {
   if (threads < 1 || threads > 1024) throw std::invalid_argument("An engine needs 1 to 1024 threads.");
   if (!cores.empty() && cores.size() != static_cast<std::size_t>(threads))
     throw std::invalid_argument("One core for each thread is needed, or none at all.");
-  for (int i = 1; i < threads; ++i) workers_.emplace_back([this, i] { serve(i); });
   try {
+    for (int i = 1; i < threads; ++i) workers_.emplace_back([this, i] { serve(i); });
     for (std::size_t i = 1; i < cores.size(); ++i) pin(workers_[i - 1], cores[i]);
   } catch (...) {
     stop_ = true;

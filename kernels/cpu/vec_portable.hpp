@@ -34,7 +34,7 @@ struct Portable {
   static F fma(const F& a, const F& b, const F& c) { return each([&](int i) { return a.v[i] * b.v[i] + c.v[i]; }); }
   static F fnma(const F& a, const F& b, const F& c) { return each([&](int i) { return c.v[i] - a.v[i] * b.v[i]; }); }
   static F round(const F& a) { return each([&](int i) { return std::nearbyint(a.v[i]); }); }
-  static F pow2(const F& n) { return each([&](int i) { return std::ldexp(1.0f, static_cast<int>(n.v[i])); }); }
+  static F pow2(const F& n) { return each([&](int i) { return n.v[i] == n.v[i] ? std::ldexp(1.0f, static_cast<int>(n.v[i])) : n.v[i]; }); }
   static float sum(const F& a) {
     float s = 0;
     for (int i = 0; i < 16; ++i) s += a.v[i];
