@@ -38,7 +38,7 @@ void Pool::relax(int spins) {
   _mm_pause();
 #endif
   // A partner that the system has taken off its core needs the core more than this loop does.
-  if (spins > 4000) std::this_thread::yield();
+  if (spins > 256) std::this_thread::yield();
 }
 
 Pool::Pool(int threads, const std::vector<int>& cores) : threads_(threads) {
