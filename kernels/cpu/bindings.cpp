@@ -52,7 +52,7 @@ void shape(const char* what, std::size_t have_rows, std::size_t have, std::size_
 }
 
 wb::GroupSource group_source(Bytes2 packed, int in, int bits, int group, std::optional<Halves2> scales16, std::optional<Floats2> scales32,
-                             std::optional<Bytes2> zeros, std::optional<Halves2> minima16, std::optional<Floats2> minima32, bool planes, bool nested) {
+                             std::optional<Bytes2> zeros, std::optional<Halves2> minima16, std::optional<Floats2> minima32, bool planes, bool nested, int block = wb::kBlock) {
   if (bits < 2 || bits > 8 || group < 1 || in < 1) throw std::invalid_argument("Codes need 2 to 8 bits, a group size and inputs.");
   const std::size_t out = packed.shape(0), groups = (static_cast<std::size_t>(in) + std::min(group, in) - 1) / static_cast<std::size_t>(std::min(group, in));
   shape("codes", out, packed.shape(1), out, (static_cast<std::size_t>(in) * static_cast<std::size_t>(bits) + 7) / 8);
@@ -62,6 +62,7 @@ wb::GroupSource group_source(Bytes2 packed, int in, int bits, int group, std::op
   source.bits = bits;
   source.group = group;
   source.planes = planes;
+  source.block = block;
   source.nested = nested;
   if (scales16.has_value() == scales32.has_value()) throw std::invalid_argument("Scales are needed once, as fp16 or fp32.");
   if (scales16) {
@@ -324,12 +325,12 @@ NB_MODULE(_cpu, m) {
           "set_groups",
           [](Engine& e, const std::string& name, Bytes2 packed, int in, int bits, int group, std::optional<Halves2> scales16,
              std::optional<Floats2> scales32, std::optional<Bytes2> zeros, std::optional<Halves2> minima16, std::optional<Floats2> minima32,
-             bool planes, bool nested) {
+             bool planes, bool nested, int block) {
             e.decoder.set_groups(name, checked(packed.shape(0)), in,
-                                 group_source(packed, in, bits, group, scales16, scales32, zeros, minima16, minima32, planes, nested));
+                                 group_source(packed, in, bits, group, scales16, scales32, zeros, minima16, minima32, planes, nested, block));
           },
           "name"_a, "packed"_a, "inputs"_a, "bits"_a, "group_size"_a, "scales16"_a.none() = nb::none(), "scales32"_a.none() = nb::none(),
-          "zeros"_a.none() = nb::none(), "minima16"_a.none() = nb::none(), "minima32"_a.none() = nb::none(), "planes"_a = false, "nested"_a = false)
+          "zeros"_a.none() = nb::none(), "minima16"_a.none() = nb::none(), "minima32"_a.none() = nb::none(), "planes"_a = false, "nested"_a = false, "block"_a = wb::kBlock)
       .def("set_f32", [](Engine& e, const std::string& name, Floats2 w) { e.decoder.set_f32(name, checked(w.shape(0)), checked(w.shape(1)), w.data()); })
       .def("set_bf16", [](Engine& e, const std::string& name, Halves2 w) { e.decoder.set_bf16(name, checked(w.shape(0)), checked(w.shape(1)), w.data()); })
       .def("set_vector", [](Engine& e, const std::string& name, Floats1 v) { e.decoder.set_vector(name, v.data(), v.shape(0)); })

@@ -128,8 +128,8 @@ void tile_int8(const Matrix& w, int bits, const Activation* x, float* const* y, 
     WB_UNROLL for (int n = 0; n < N; ++n) part[n] = V::zero();
     bool any = N > 1;
     const int width = at.width(g);
-    for (int left = width; left > 0; left -= kBlock, ++block) {
-      const int chunks = std::min(left, kBlock) / kChunk;
+    for (int left = width; left > 0; left -= at.block, ++block) {
+      const int chunks = std::min(left, at.block) / kChunk;
       if (N == 1 && x[0].active[block] == 0) {
         codes.skip(chunks);
         channel += chunks * kChunk;
@@ -208,8 +208,8 @@ void tile_f32(const Matrix& w, int bits, const Activation* x, float* const* y, b
     const F zero = minima ? V::zero() : group_zero<V>(w, lane, shift);
     F part[N];
     WB_UNROLL for (int n = 0; n < N; ++n) part[n] = V::zero();
-    for (int left = at.width(g); left > 0; left -= kBlock, ++block) {
-      const int chunks = std::min(left, kBlock) / kChunk;
+    for (int left = at.width(g); left > 0; left -= at.block, ++block) {
+      const int chunks = std::min(left, at.block) / kChunk;
       if (N == 1 && x[0].active[block] == 0) {
         codes.skip(chunks);
         channel += chunks * kChunk;
@@ -450,8 +450,8 @@ void walk(const Grouping& grouping, Body body) {
   int place = 0, block = 0;
   for (int g = 0; g < grouping.n_groups; ++g) {
     const int width = grouping.width(g), present = grouping.channels(g);
-    for (int from = 0; from < width; from += kBlock, ++block) {
-      const int channels = std::min(kBlock, width - from);
+    for (int from = 0; from < width; from += grouping.block, ++block) {
+      const int channels = std::min(grouping.block, width - from);
       body(g, block, place, channels, g * grouping.group + from, std::clamp(present - from, 0, channels));
       place += channels;
     }

@@ -83,7 +83,7 @@ T* lanes(Arena& arena, const Matrix& m, Get get) {
 
 }  // namespace
 
-Grouping Grouping::of(int in, int group) {
+Grouping Grouping::of(int in, int group, int block) {
   Grouping it;
   it.in = in;
   it.group = std::min(group, in);
@@ -91,7 +91,8 @@ Grouping Grouping::of(int in, int group) {
   it.stride = static_cast<int>(round_up(static_cast<std::size_t>(it.group), kChunk));
   it.last = static_cast<int>(round_up(static_cast<std::size_t>(in - it.group * (it.n_groups - 1)), kChunk));
   it.padded = it.stride * (it.n_groups - 1) + it.last;
-  it.n_blocks = (it.n_groups - 1) * ((it.stride + kBlock - 1) / kBlock) + (it.last + kBlock - 1) / kBlock;
+  it.block = block;
+  it.n_blocks = (it.n_groups - 1) * ((it.stride + block - 1) / block) + (it.last + block - 1) / block;
   return it;
 }
 
@@ -118,10 +119,12 @@ Matrix make_groups(Arena& arena, int out, int in, const GroupSource& source) {
   if (bits < 2 || bits > 8) throw std::invalid_argument("Group codes have 2 to 8 bits.");
   if (source.nested && (source.minima16 != nullptr || source.minima32 != nullptr)) throw std::invalid_argument("Nested codes have zero points, no minima.");
   if (source.group < 1) throw std::invalid_argument("A group has at least one channel.");
+  if (source.block < kChunk || source.block > kBlock || source.block % kChunk != 0)
+    throw std::invalid_argument("A block of activations is 16, 32, 48 or 64 channels.");
   Matrix m = sized(source.planes ? Kind::planes : Kind::packed, out, in);
   m.bits = bits;
   m.nested = source.nested;
-  m.grouping = Grouping::of(in, source.group);
+  m.grouping = Grouping::of(in, source.group, source.block);
   const Grouping& at = m.grouping;
   const std::size_t chunks = static_cast<std::size_t>(at.padded) / kChunk;
   m.tile_bytes = chunks * (source.planes ? chunk_bytes(1) : chunk_bytes(bits));

@@ -23,7 +23,7 @@ namespace wb {
 
 inline constexpr int kRows = 16;      // rows of a tile
 inline constexpr int kChunk = 16;     // channels of a chunk
-inline constexpr int kBlock = 64;     // most channels that share one activation scale
+inline constexpr int kBlock = 64;     // most channels that may share one activation scale
 inline constexpr int kMaxPlanes = 8;
 
 enum class Kind : std::uint8_t { f32, bf16, packed, planes };
@@ -36,12 +36,13 @@ struct Grouping {
   int stride = 0;      // padded channels of every group but the last
   int last = 0;        // padded channels of the last group
   int padded = 0;      // all of them
+  int block = kBlock;  // most channels that share one activation scale, whole chunks
   int n_blocks = 0;    // activation scales of a row
 
-  static Grouping of(int in, int group);
+  static Grouping of(int in, int group, int block = kBlock);
   int width(int g) const { return g + 1 == n_groups ? last : stride; }
   int channels(int g) const { return g + 1 == n_groups ? in - group * g : group; }
-  bool operator==(const Grouping& other) const { return in == other.in && group == other.group; }
+  bool operator==(const Grouping& other) const { return in == other.in && group == other.group && block == other.block; }
 };
 
 struct Matrix {
@@ -88,7 +89,7 @@ struct GroupSource {
   std::size_t packed_zeros_row = 0;
   const std::uint16_t* minima16 = nullptr;
   const float* minima32 = nullptr;
-  int bits = 0, group = 0;
+  int bits = 0, group = 0, block = kBlock;
   bool planes = false, nested = false;
 };
 

@@ -31,6 +31,10 @@ _FUNCTIONS = {
     "gelu_new": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh",
 }
+# Channels that share one int8 activation scale. Measured on SmolLM2-135M at 4 bits: KL to fp32 activations 0.0099 with
+# blocks of 64, 0.0053 with 32, 0.0030 with 16, at 7 % of the decoding speed. gate and up gain the least from 16 and are
+# half of the work of a prefill.
+_BLOCK, _BLOCKS = 16, {"gate": 32, "up": 32}
 _MIN_GROUP = 8  # smaller groups would be padded to more bytes than bf16 takes
 
 
@@ -230,6 +234,7 @@ def _split(role: str, matrix: Matrix, arch: Architecture) -> Iterator[tuple[str,
 
 def _set(engine: Any, name: str, matrix: Matrix, planes: bool) -> None:
     t = {part: np.ascontiguousarray(tensor) for part, tensor in matrix.tensors.items()}
+    block = _BLOCKS.get(name.rpartition(".")[2], _BLOCK)
     if matrix.kind == "f32":
         engine.set_f32(name, t["weight"])
     elif matrix.kind == "dense":
@@ -239,7 +244,7 @@ def _set(engine: Any, name: str, matrix: Matrix, planes: bool) -> None:
         scales = _product(t["super_scales"], t["scales"], block // size)
         low = -_product(t["super_minima"], t["minima"], block // size) if "minima" in t else None
         shape, bits = matrix.meta["shape"], int(matrix.meta["bits"])
-        engine.set_groups(name, t["codes"], int(shape[1]), bits, size, scales32=scales, minima32=low)
+        engine.set_groups(name, t["codes"], int(shape[1]), bits, size, scales32=scales, minima32=low, block=block)
     elif matrix.kind in GROUP_KINDS:
         group = int(matrix.meta["group_size"])
         if group < min(_MIN_GROUP, int(matrix.meta["shape"][1])):
@@ -258,6 +263,7 @@ def _set(engine: Any, name: str, matrix: Matrix, planes: bool) -> None:
             minima16=t["minima"].view(np.uint16) if "minima" in t else None,
             planes=planes or matrix.kind == "nested",
             nested=matrix.kind == "nested",
+            block=block,
         )
     else:
         raise EngineError(
