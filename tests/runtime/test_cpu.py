@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import subprocess
 import sys
 import threading
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -382,6 +384,16 @@ def test_without_its_kernels_the_engine_says_so(monkeypatch: pytest.MonkeyPatch,
     assert open_engine(tiny_model).name == "reference"
     with pytest.raises(EngineError, match="compiler"):
         open_engine(tiny_model, engine="cpu")
+
+
+def test_weights_are_held_once(make_model: Callable[..., LoadedModel]) -> None:
+    model = make_model("llama")
+    seen, expected = weakref.ref(model.module), CpuEngine(model, threads=1).score(TEXT)
+    engine = CpuEngine(model, threads=1)
+    del model
+    gc.collect()
+    assert seen() is None
+    np.testing.assert_array_equal(engine.score(TEXT), expected)
 
 
 def test_a_stored_model_runs_without_torch(tiny_model: LoadedModel, tmp_path: Path) -> None:

@@ -77,7 +77,17 @@ class LoadedSource:
 
         self._loaded = loaded
         self.config = plain_config(loaded.module)
-        self.model: TextModel = loaded
+        # Not the loaded model itself: an engine that held it would hold the weights twice.
+        self.model: TextModel = StoredText(
+            loaded.name,
+            loaded.source,
+            loaded.architecture,
+            loaded.fingerprint,
+            loaded.bos,
+            loaded.stop_tokens,
+            None,
+            loaded.tokenizer,
+        )
 
     @property
     def architecture(self) -> Architecture:
