@@ -65,7 +65,10 @@ def _check_free_name(target: Path, overwrite: bool) -> None:
     """Raise ``InputError`` where something is in the way that may not be replaced."""
     if is_compressed(target):
         if not overwrite:
-            raise InputError(f"{target} already holds a compressed model: choose another folder, or allow overwriting.")
+            raise InputError(
+                f"{target} already holds a compressed model: choose another folder, or allow overwriting "
+                "(--overwrite, overwrite=True)."
+            )
     elif target.is_dir():
         if any(target.iterdir()):
             raise InputError(

@@ -7,6 +7,7 @@ neuron mask zeroes activations before ``down``, a path zeroes what attention or 
 
 from __future__ import annotations
 
+import inspect
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -258,7 +259,11 @@ class ReferenceEngine:
     @torch.inference_mode()
     def _body(self, tokens: Sequence[int], cache: DynamicCache | None) -> torch.Tensor:
         ids = torch.tensor([list(tokens)], dtype=torch.long, device=self.model.device)
-        out = self.model.module.base_model(input_ids=ids, past_key_values=cache, use_cache=cache is not None)
+        body = self.model.module.base_model
+        # transformers 5.2x renamed the argument, and says so on every call that uses the old name.
+        name = "cache" if "cache" in inspect.signature(body.forward).parameters else "past_key_values"
+        held = {} if cache is None else {name: cache}
+        out = body(input_ids=ids, use_cache=cache is not None, **held)
         return out.last_hidden_state[0]
 
     @torch.inference_mode()
