@@ -86,6 +86,9 @@ class StoredTensors:
     def names(self) -> list[str]:
         return list(self._entries)
 
+    def __contains__(self, name: str) -> bool:
+        return name in self._entries
+
     def read(self, name: str) -> np.ndarray:
         """Return one tensor in memory of its own; bf16 as uint16 bit patterns."""
         dtype, shape, start, end = self._entries[name]

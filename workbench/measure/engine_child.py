@@ -11,7 +11,7 @@ import numpy as np
 
 from workbench.errors import EngineError
 from workbench.measure.child import serve
-from workbench.measure.decoding import Reply, lengthen
+from workbench.measure.decoding import decode, lengthen, prefill_seconds
 from workbench.measure.latency_child import order_of_round
 from workbench.progress import Job
 from workbench.runtime import open_engine
@@ -44,22 +44,20 @@ class CpuSide:
     def __init__(self, engine: CpuEngine, bits: int | None) -> None:
         self._engine, self._bits = engine, bits
 
-    def _start(self) -> Any:
+    def _set_width(self) -> None:
         self._engine.set_policy(Policy({} if self._bits is None else {"width": self._bits}))
-        return self._engine.start()
 
     def decode(self, prompt: Sequence[int], new_tokens: int) -> Timing:
-        sequence, at = self._start(), [0.0]
+        self._set_width()
+        sequence, at = self._engine.start(), [0.0]
         self._engine.generate(sequence, prompt, new_tokens + 1, on_token=lambda _: at.append(time.perf_counter()))
         steps = sequence.trace[len(prompt) :]
         parts = {name: float(np.median([step.parts[name] for step in steps])) for name in steps[0].parts}
         return Timing(np.diff(at[1:]).tolist(), float(np.mean([step.touched_bytes for step in steps])), parts)
 
     def prefill(self, prompt: Sequence[int]) -> float:
-        sequence = self._start()
-        started = time.perf_counter()
-        self._engine.prefill(sequence, prompt)
-        return time.perf_counter() - started
+        self._set_width()
+        return prefill_seconds(self._engine, prompt)
 
 
 class ReferenceSide:
@@ -69,18 +67,10 @@ class ReferenceSide:
         self._engine = engine
 
     def decode(self, prompt: Sequence[int], new_tokens: int) -> Timing:
-        reply, seconds = Reply(self._engine, prompt), []
-        for _ in range(new_tokens):
-            started = time.perf_counter()
-            reply.step()
-            seconds.append(time.perf_counter() - started)
-        return Timing(seconds, None, None)
+        return Timing(decode(self._engine, prompt, new_tokens).step_s, None, None)
 
     def prefill(self, prompt: Sequence[int]) -> float:
-        sequence = self._engine.start()
-        started = time.perf_counter()
-        self._engine.prefill(sequence, prompt)
-        return time.perf_counter() - started
+        return prefill_seconds(self._engine, prompt)
 
 
 class LlamaCppSide:

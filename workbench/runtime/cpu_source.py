@@ -204,7 +204,7 @@ class FolderSource:
 
     def vector(self, key: str) -> np.ndarray | None:
         name = f"others.{key}"
-        if name not in self._tensors.names():
+        if name not in self._tensors:
             return None
         found = self._tensors.read(name)
         if self._tensors.is_bf16(name):

@@ -80,6 +80,9 @@ class ReferenceEngine:
         self.vocab_size = model.architecture.vocab_size
         self.context_length = model.architecture.context_length
         self._weights = weights or DenseWeights(model)
+        # transformers 5.2x renamed the argument, and says so on every call that uses the old name.
+        known = inspect.signature(model.module.base_model.forward).parameters
+        self._cache_argument = "cache" if "cache" in known else "past_key_values"
         self._policy = Policy()
         self._tap: TapCallback | None = None
         self._reads = ReadCounter(model.architecture, self.plan, self._weights.stored_bytes)
@@ -259,11 +262,8 @@ class ReferenceEngine:
     @torch.inference_mode()
     def _body(self, tokens: Sequence[int], cache: DynamicCache | None) -> torch.Tensor:
         ids = torch.tensor([list(tokens)], dtype=torch.long, device=self.model.device)
-        body = self.model.module.base_model
-        # transformers 5.2x renamed the argument, and says so on every call that uses the old name.
-        name = "cache" if "cache" in inspect.signature(body.forward).parameters else "past_key_values"
-        held = {} if cache is None else {name: cache}
-        out = body(input_ids=ids, use_cache=cache is not None, **held)
+        held = {} if cache is None else {self._cache_argument: cache}
+        out = self.model.module.base_model(input_ids=ids, use_cache=cache is not None, **held)
         return out.last_hidden_state[0]
 
     @torch.inference_mode()
