@@ -27,7 +27,8 @@ std::vector<Isa> available_isas() {
   if (avx2) found.push_back(Isa::avx2);
 #if defined(WB_AVX512)
   if (avx512) found.push_back(Isa::avx512);
-  if (avx512 && __builtin_cpu_supports("avx512bf16")) found.push_back(Isa::avx512bf16);
+  if (avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("gfni"))
+    found.push_back(Isa::avx512bf16);
 #endif
 #endif
   return found;

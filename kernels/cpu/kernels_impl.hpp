@@ -6,6 +6,7 @@
 #include <cstring>
 #include <limits>
 #include <type_traits>
+#include <vector>
 
 #include "kernels.hpp"
 
@@ -23,7 +24,7 @@ namespace {
 // How far ahead of the weights in use the next ones are asked for: about what arrives while a cache miss is served.
 constexpr std::size_t kAhead = 3072;
 
-// Codes of a packed chunk, four channels (one part) at a time.
+// Codes of a packed chunk: four parts of four channels each.
 template <class V, int Bits>
 struct Packed {
   static constexpr int step = Bits * kRows * kChunk / 8;
@@ -31,7 +32,14 @@ struct Packed {
   const std::uint8_t* p;
 
   Packed(const Matrix& w, int, int tile) : p(w.codes + static_cast<std::size_t>(tile) * w.tile_bytes) {}
+  static float lift(const Matrix&) { return 1; }
   void skip(int chunks) { p += static_cast<std::size_t>(chunks) * step; }
+  void chunk(typename V::B* v) const {
+    v[0] = part<0>();
+    v[1] = part<1>();
+    v[2] = part<2>();
+    v[3] = part<3>();
+  }
   void prefetch() const {
     for (int at = 0; at < step; at += 64) V::prefetch(p + kAhead + at);
   }
@@ -57,42 +65,47 @@ struct Packed {
   }
 };
 
-// The top planes of nested codes, each from its own array.
+// The top planes of nested codes, each from its own array, as codes of their own width: `lift` of the parent's steps
+// make one of theirs.
 template <class V, int Planes>
 struct Nested {
-  static constexpr bool wide = true;
+  static constexpr bool wide = Planes == 8;
   static constexpr int step = kRows * kChunk / 8;
   const std::uint8_t* p[Planes];
-  int values[Planes];
 
   Nested(const Matrix& w, int, int tile) {
-    WB_UNROLL for (int j = 0; j < Planes; ++j) {
+    WB_UNROLL for (int j = 0; j < Planes; ++j)
       p[j] = w.codes + w.plane_bytes * static_cast<std::size_t>(j) + static_cast<std::size_t>(tile) * w.tile_bytes;
-      values[j] = 1 << (w.bits - 1 - j);
-    }
   }
+  static float lift(const Matrix& w) { return static_cast<float>(1 << (w.bits - Planes)); }
   void skip(int chunks) {
     WB_UNROLL for (int j = 0; j < Planes; ++j) p[j] += static_cast<std::size_t>(chunks) * step;
   }
   void prefetch() const {
     WB_UNROLL for (int j = 0; j < Planes; ++j) V::prefetch(p[j] + kAhead / 4);
   }
-  template <int M>
-  typename V::B part() const {
-    auto codes = V::bzero();
-    WB_UNROLL for (int j = 0; j < Planes; ++j) codes = V::add_plane(codes, p[j] + 8 * M, values[j]);
-    return codes;
+  void chunk(typename V::B* v) const {
+    if constexpr (V::transposes_planes) {
+      V::template transpose_planes<Planes>(p, v);
+    } else {
+      WB_UNROLL for (int m = 0; m < 4; ++m) {
+        v[m] = V::bzero();
+        WB_UNROLL for (int j = 0; j < Planes; ++j) v[m] = V::add_plane(v[m], p[j] + 8 * m, 1 << (Planes - 1 - j));
+      }
+    }
   }
 };
 
+// Scale and zero point in steps of the codes as they are read. Lifts are powers of two: nothing is rounded.
 template <class V>
-typename V::F group_scale(const Matrix& w, std::size_t lane) {
-  return w.scales16 != nullptr ? V::load_fp16(w.scales16 + lane) : V::load(w.scales32 + lane);
+typename V::F group_scale(const Matrix& w, std::size_t lane, float lift) {
+  return V::mul(w.scales16 != nullptr ? V::load_fp16(w.scales16 + lane) : V::load(w.scales32 + lane), V::set(lift));
 }
 
 template <class V>
-typename V::F group_zero(const Matrix& w, std::size_t lane, float shift) {
-  return w.zeros != nullptr ? V::sub(V::load_u8(w.zeros + lane), V::set(shift)) : V::set(w.zero - shift);
+typename V::F group_zero(const Matrix& w, std::size_t lane, float shift, float lift) {
+  const auto zero = w.zeros != nullptr ? V::sub(V::load_u8(w.zeros + lane), V::set(shift)) : V::set(w.zero - shift);
+  return V::mul(zero, V::set(1.0f / lift));
 }
 
 // What dropped planes stood for, on average, in units of the parent's codes.
@@ -110,19 +123,48 @@ void put(const Matrix& w, int tile, const typename V::F* total, float* const* y,
   }
 }
 
+// The int8 activations of N rows side by side: one address serves all of them, and a product takes its four from memory.
+template <int N>
+struct Panel {
+  const std::int8_t* q;    // [channels / 4][N][4]
+  const float* scale;      // [blocks][N]
+  const float* sum;        // [groups][N]
+  const std::uint8_t* active;
+
+  Panel(const Grouping& at, const Activation* x) {
+    if constexpr (N == 1) {
+      q = x->q, scale = x->scale, sum = x->sum, active = x->active;
+    } else {
+      const auto tables = static_cast<std::size_t>(at.n_blocks + at.n_groups), fours = static_cast<std::size_t>(at.padded) / 4;
+      thread_local std::vector<std::uint32_t> room;
+      if (room.size() < N * (fours + tables)) room.resize(N * (fours + tables));
+      auto* to = reinterpret_cast<char*>(room.data());
+      auto* scales = reinterpret_cast<float*>(room.data() + N * fours);
+      float* sums = scales + N * at.n_blocks;
+      for (std::size_t n = 0; n < N; ++n) {
+        for (std::size_t i = 0; i < fours; ++i) std::memcpy(to + 4 * (N * i + n), x[n].q + 4 * i, 4);
+        for (int i = 0; i < at.n_blocks; ++i) scales[N * i + n] = x[n].scale[i];
+        for (int i = 0; i < at.n_groups; ++i) sums[N * i + n] = x[n].sum[i];
+      }
+      q = reinterpret_cast<const std::int8_t*>(to), scale = scales, sum = sums, active = nullptr;
+    }
+  }
+};
+
 template <class V, class Codes, int N>
-void tile_int8(const Matrix& w, int bits, const Activation* x, float* const* y, bool add, int tile) {
+void tile_int8(const Matrix& w, int bits, const Panel<N>& x, float* const* y, bool add, int tile) {
   using F = typename V::F;
   // One row alone would wait for each integer sum in turn; more sums hide that.
   constexpr int K = N == 1 ? 4 : N == 2 ? 2 : 1;
   const Grouping& at = w.grouping;
   const bool minima = w.minima16 != nullptr || w.minima32 != nullptr;
-  const float shift = dropped_mean(w, bits);
+  const float shift = dropped_mean(w, bits), lift = Codes::lift(w);
   Codes codes(w, bits, tile);
   F total[N];
   WB_UNROLL for (int n = 0; n < N; ++n) total[n] = V::zero();
   std::size_t lane = static_cast<std::size_t>(tile) * at.n_groups * kRows;
-  int channel = 0, block = 0;
+  const std::int8_t* q = x.q;
+  int block = 0;
   for (int g = 0; g < at.n_groups; ++g, lane += kRows) {
     F part[N];
     WB_UNROLL for (int n = 0; n < N; ++n) part[n] = V::zero();
@@ -130,62 +172,50 @@ void tile_int8(const Matrix& w, int bits, const Activation* x, float* const* y, 
     const int width = at.width(g);
     for (int left = width; left > 0; left -= at.block, ++block) {
       const int chunks = std::min(left, at.block) / kChunk;
-      if (N == 1 && x[0].active[block] == 0) {
+      if (N == 1 && x.active[block] == 0) {
         codes.skip(chunks);
-        channel += chunks * kChunk;
+        q += chunks * kChunk;
         continue;
       }
       any = true;
       typename V::I sums[N][K];
       WB_UNROLL for (int n = 0; n < N; ++n)
         WB_UNROLL for (int k = 0; k < K; ++k) sums[n][k] = V::izero();
-      for (int c = 0; c < chunks; ++c, channel += kChunk) {
+      for (int c = 0; c < chunks; ++c, q += N * kChunk) {
         if constexpr (N <= 2) codes.prefetch();
-        {
-          const auto v = codes.template part<0>();
-          WB_UNROLL for (int n = 0; n < N; ++n) sums[n][0] = V::template dot<Codes::wide>(sums[n][0], v, x[n].q + channel);
-        }
-        {
-          const auto v = codes.template part<1>();
-          WB_UNROLL for (int n = 0; n < N; ++n) sums[n][1 % K] = V::template dot<Codes::wide>(sums[n][1 % K], v, x[n].q + channel + 4);
-        }
-        {
-          const auto v = codes.template part<2>();
-          WB_UNROLL for (int n = 0; n < N; ++n) sums[n][2 % K] = V::template dot<Codes::wide>(sums[n][2 % K], v, x[n].q + channel + 8);
-        }
-        {
-          const auto v = codes.template part<3>();
-          WB_UNROLL for (int n = 0; n < N; ++n) sums[n][3 % K] = V::template dot<Codes::wide>(sums[n][3 % K], v, x[n].q + channel + 12);
-        }
+        typename V::B v[4];
+        codes.chunk(v);
+        WB_UNROLL for (int m = 0; m < 4; ++m)
+          WB_UNROLL for (int n = 0; n < N; ++n)
+            sums[n][m % K] = V::template dot<Codes::wide>(sums[n][m % K], v[m], q + 4 * (N * m + n));
         codes.skip(1);
       }
       WB_UNROLL for (int n = 0; n < N; ++n) {
         auto sum = sums[n][0];
         for (int k = 1; k < K; ++k) sum = V::iadd(sum, sums[n][k]);
-        part[n] = V::fma(V::to_float(sum), V::set(x[n].scale[block]), part[n]);
+        part[n] = V::fma(V::to_float(sum), V::set(x.scale[N * block + n]), part[n]);
       }
     }
     if (!any) continue;
-    const F scale = group_scale<V>(w, lane);
+    const F scale = group_scale<V>(w, lane, lift);
     if (minima) {
       const F minimum = w.minima16 != nullptr ? V::load_fp16(w.minima16 + lane) : V::load(w.minima32 + lane);
       WB_UNROLL for (int n = 0; n < N; ++n)
-        total[n] = V::fma(minimum, V::set(x[n].sum[g]), V::fma(scale, part[n], total[n]));
+        total[n] = V::fma(minimum, V::set(x.sum[N * g + n]), V::fma(scale, part[n], total[n]));
     } else {
-      const F zero = group_zero<V>(w, lane, shift);
+      const F zero = group_zero<V>(w, lane, shift, lift);
       WB_UNROLL for (int n = 0; n < N; ++n)
-        total[n] = V::fma(scale, V::fnma(zero, V::set(x[n].sum[g]), part[n]), total[n]);
+        total[n] = V::fma(scale, V::fnma(zero, V::set(x.sum[N * g + n]), part[n]), total[n]);
     }
   }
   put<V, N>(w, tile, total, y, add);
 }
 
-template <class V, class Codes, int M, int N>
-void part_f32(const Codes& codes, typename V::F zero, const Activation* x, int channel, typename V::F* sums) {
-  const auto v = codes.template part<M>();
+template <class V, int N>
+void part_f32(typename V::B v, typename V::F zero, const Activation* x, int channel, typename V::F* sums) {
   const auto one = [&](auto k) {
     const auto code = V::sub(V::template byte_lane<k.value>(v), zero);
-    WB_UNROLL for (int n = 0; n < N; ++n) sums[n] = V::fma(code, V::set(x[n].x[channel + 4 * M + k.value]), sums[n]);
+    WB_UNROLL for (int n = 0; n < N; ++n) sums[n] = V::fma(code, V::set(x[n].x[channel + k.value]), sums[n]);
   };
   one(std::integral_constant<int, 0>());
   one(std::integral_constant<int, 1>());
@@ -198,14 +228,14 @@ void tile_f32(const Matrix& w, int bits, const Activation* x, float* const* y, b
   using F = typename V::F;
   const Grouping& at = w.grouping;
   const bool minima = w.minima16 != nullptr || w.minima32 != nullptr;
-  const float shift = dropped_mean(w, bits);
+  const float shift = dropped_mean(w, bits), lift = Codes::lift(w);
   Codes codes(w, bits, tile);
   F total[N];
   WB_UNROLL for (int n = 0; n < N; ++n) total[n] = V::zero();
   std::size_t lane = static_cast<std::size_t>(tile) * at.n_groups * kRows;
   int channel = 0, block = 0;
   for (int g = 0; g < at.n_groups; ++g, lane += kRows) {
-    const F zero = minima ? V::zero() : group_zero<V>(w, lane, shift);
+    const F zero = minima ? V::zero() : group_zero<V>(w, lane, shift, lift);
     F part[N];
     WB_UNROLL for (int n = 0; n < N; ++n) part[n] = V::zero();
     for (int left = at.width(g); left > 0; left -= at.block, ++block) {
@@ -216,14 +246,13 @@ void tile_f32(const Matrix& w, int bits, const Activation* x, float* const* y, b
         continue;
       }
       for (int c = 0; c < chunks; ++c, channel += kChunk) {
-        part_f32<V, Codes, 0, N>(codes, zero, x, channel, part);
-        part_f32<V, Codes, 1, N>(codes, zero, x, channel, part);
-        part_f32<V, Codes, 2, N>(codes, zero, x, channel, part);
-        part_f32<V, Codes, 3, N>(codes, zero, x, channel, part);
+        typename V::B v[4];
+        codes.chunk(v);
+        for (int m = 0; m < 4; ++m) part_f32<V, N>(v[m], zero, x, channel + 4 * m, part);
         codes.skip(1);
       }
     }
-    const F scale = group_scale<V>(w, lane);
+    const F scale = group_scale<V>(w, lane, lift);
     WB_UNROLL for (int n = 0; n < N; ++n) total[n] = V::fma(scale, part[n], total[n]);
     if (minima) {
       const F minimum = w.minima16 != nullptr ? V::load_fp16(w.minima16 + lane) : V::load(w.minima32 + lane);
@@ -296,11 +325,9 @@ void tile_dense_bf16(const Matrix& w, int, const Activation* x, float* const* y,
 }
 
 // Rows are taken in the largest blocks that the registers hold: each block unpacks a tile's weights once.
-#define WB_FOR_ROWS(MOST, CALL)                                              \
+#define WB_FOR_ROWS(CALL)                                                    \
   for (int tile = first; tile < last; ++tile) {                              \
     int i = 0;                                                               \
-    if constexpr (MOST >= 16)                                                \
-      for (; i + 16 <= n; i += 16) CALL(16)(w, bits, x + i, y + i, add, tile); \
     for (; i + 8 <= n; i += 8) CALL(8)(w, bits, x + i, y + i, add, tile);    \
     if (i + 4 <= n) {                                                        \
       CALL(4)(w, bits, x + i, y + i, add, tile);                             \
@@ -316,31 +343,39 @@ void tile_dense_bf16(const Matrix& w, int, const Activation* x, float* const* y,
 #define WB_PRODUCT_ARGUMENTS \
   const Matrix &w, int bits, const Activation *x, int n, float *const *y, bool add, int first, int last
 
+template <class V, class Codes, int N>
+void panel_int8(const Matrix& w, int bits, const Activation* x, float* const* y, bool add, int first, int last) {
+  const Panel<N> panel(w.grouping, x);
+  for (int tile = first; tile < last; ++tile) tile_int8<V, Codes, N>(w, bits, panel, y, add, tile);
+}
+
 template <class V, class Codes>
 void rows_int8(WB_PRODUCT_ARGUMENTS) {
-#define WB_CALL(N) tile_int8<V, Codes, N>
-  WB_FOR_ROWS(16, WB_CALL)
-#undef WB_CALL
+  for (; n >= 16; n -= 16, x += 16, y += 16) panel_int8<V, Codes, 16>(w, bits, x, y, add, first, last);
+  if (n >= 8) panel_int8<V, Codes, 8>(w, bits, x, y, add, first, last), n -= 8, x += 8, y += 8;
+  if (n >= 4) panel_int8<V, Codes, 4>(w, bits, x, y, add, first, last), n -= 4, x += 4, y += 4;
+  if (n >= 2) panel_int8<V, Codes, 2>(w, bits, x, y, add, first, last), n -= 2, x += 2, y += 2;
+  if (n >= 1) panel_int8<V, Codes, 1>(w, bits, x, y, add, first, last);
 }
 
 template <class V, class Codes>
 void rows_f32(WB_PRODUCT_ARGUMENTS) {
 #define WB_CALL(N) tile_f32<V, Codes, N>
-  WB_FOR_ROWS(8, WB_CALL)
+  WB_FOR_ROWS(WB_CALL)
 #undef WB_CALL
 }
 
 template <class V>
 void dense_f32(WB_PRODUCT_ARGUMENTS) {
 #define WB_CALL(N) tile_dense_f32<V, N>
-  WB_FOR_ROWS(8, WB_CALL)
+  WB_FOR_ROWS(WB_CALL)
 #undef WB_CALL
 }
 
 template <class V>
 void dense_bf16(WB_PRODUCT_ARGUMENTS) {
 #define WB_CALL(N) tile_dense_bf16<V, N>
-  WB_FOR_ROWS(8, WB_CALL)
+  WB_FOR_ROWS(WB_CALL)
 #undef WB_CALL
 }
 

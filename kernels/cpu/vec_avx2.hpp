@@ -22,6 +22,8 @@ struct Avx2 {
   WB_BOTH(min, _mm256_min_ps)
 #undef WB_BOTH
 
+  static constexpr bool transposes_planes = false;
+
   static F zero() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
   static F set(float v) { return {_mm256_set1_ps(v), _mm256_set1_ps(v)}; }
   static F load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }

@@ -12,6 +12,7 @@ struct Avx512 {
   using F = __m512;
   using I = __m512i;
   using B = __m512i;  // 64 bytes: 4 channels of 16 rows
+  static constexpr bool transposes_planes = false;
 
   static F zero() { return _mm512_setzero_ps(); }
   static F set(float v) { return _mm512_set1_ps(v); }
@@ -94,13 +95,89 @@ struct Avx512 {
 };
 
 #if defined(__AVX512BF16__)
-// The same with bf16 dot products in one instruction.
+// Where the bytes of two planes go, one plane in bytes 0 .. 31 and one in 32 .. 63, to lie in words ready for unpacking.
+struct PlaneOrder {
+  alignas(64) std::uint8_t at[64] = {};
+
+  // place(word): part and quadword of the planes' byte that word takes, as 8 part + quadword.
+  template <class Place>
+  explicit constexpr PlaneOrder(Place place) {
+    for (int word = 0; word < 32; ++word) {
+      at[2 * word] = static_cast<std::uint8_t>(place(word));
+      at[2 * word + 1] = static_cast<std::uint8_t>(32 + place(word));
+    }
+  }
+};
+// Word 8 l + 4 h + d is to be dword d of 128-bit lane l of half h.
+inline constexpr PlaneOrder kNibbles([](int w) { return 8 * (2 * (w / 4 % 2) + 1 - w % 2) + 2 * (w / 8) + w % 4 / 2; });
+inline constexpr PlaneOrder kBytes([](int w) { return 8 * (2 * (w / 4 % 2) + w % 4 / 2) + 2 * (w / 8) + w % 2; });
+inline constexpr PlaneOrder kCrumbs([](int w) { return 8 * (3 - w % 4) + w / 4; });
+
+// The same with bf16 dot products in one instruction, and with VBMI and GFNI, which turn planes into codes.
 struct Avx512Bf16 : Avx512 {
   static F dot_bf16(F sum, B w, const std::uint16_t* a) {
     std::uint32_t pair;
     std::memcpy(&pair, a, 4);
     return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(w),
                             reinterpret_cast<__m512bh>(_mm512_set1_epi32(static_cast<int>(pair))));
+  }
+
+  static constexpr bool transposes_planes = true;
+  // The codes of a chunk, v[m] its part m, from the 32 bytes that each plane has of it (most significant first).
+  //
+  // Byte 8 m + q of a plane holds one bit of each of bytes 8 q .. 8 q + 7 of v[m]. Eight planes' bytes of one (m, q),
+  // side by side in a quadword, are therefore an 8 x 8 bit matrix whose transpose is those eight codes, which is what
+  // an affine map with the unit vectors for its input computes. Four planes leave half of a quadword for another part,
+  // two planes three quarters.
+  template <int Planes>
+  static void transpose_planes(const std::uint8_t* const* p, B* v) {
+    if constexpr (Planes == 2) {
+      const B crumbs = transpose(_mm512_permutexvar_epi8(order(kCrumbs), both(p[0], p[1])));
+      v[0] = crumb<0, 0>(crumbs);
+      v[1] = crumb<1, 0>(crumbs);
+      v[2] = crumb<2, 0>(crumbs);
+      v[3] = crumb<3, 0>(crumbs);
+    } else if constexpr (Planes <= 4) {
+      B four[2];
+      gather<Planes>(p, kNibbles, four);
+      for (int h = 0; h < 2; ++h) {
+        const B nibbles = transpose(four[h]);
+        v[2 * h] = low4(nibbles);
+        v[2 * h + 1] = high4(nibbles);
+      }
+    } else {
+      B high[2], low[2];
+      gather<Planes - 4>(p, kBytes, high);
+      gather<4>(p + Planes - 4, kBytes, low);
+      for (int h = 0; h < 2; ++h) {
+        v[2 * h] = transpose(_mm512_unpacklo_epi32(high[h], low[h]));
+        v[2 * h + 1] = transpose(_mm512_unpackhi_epi32(high[h], low[h]));
+      }
+    }
+  }
+
+ private:
+  static B order(const PlaneOrder& t) { return _mm512_load_si512(t.at); }
+  static __m256i half(const std::uint8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+  static B both(const std::uint8_t* a, const std::uint8_t* b) {
+    return _mm512_inserti64x4(_mm512_castsi256_si512(half(a)), half(b), 1);
+  }
+  static B transpose(B planes) {
+    return _mm512_gf2p8affine_epi64_epi8(_mm512_set1_epi64(static_cast<long long>(0x8040201008040201ULL)), planes, 0);
+  }
+  // The bytes of up to four planes in dwords, the last plane in the last byte, absent planes zero.
+  template <int Planes>
+  static void gather(const std::uint8_t* const* p, const PlaneOrder& t, B* halves) {
+    B first = _mm512_setzero_si512(), second;
+    if constexpr (Planes == 4) first = _mm512_permutexvar_epi8(order(t), both(p[0], p[1]));
+    if constexpr (Planes == 3) first = last_byte(p[0], t);
+    if constexpr (Planes >= 2) second = _mm512_permutexvar_epi8(order(t), both(p[Planes - 2], p[Planes - 1]));
+    else second = last_byte(p[0], t);
+    halves[0] = _mm512_unpacklo_epi16(first, second);
+    halves[1] = _mm512_unpackhi_epi16(first, second);
+  }
+  static B last_byte(const std::uint8_t* p, const PlaneOrder& t) {
+    return _mm512_maskz_permutexvar_epi8(0xAAAAAAAAAAAAAAAAULL, order(t), both(p, p));
   }
 };
 #endif

@@ -20,6 +20,8 @@ struct Portable {
     for (int i = 0; i < 16; ++i) r.v[i] = get(i);
     return r;
   }
+  static constexpr bool transposes_planes = false;
+
   static F zero() { return set(0.0f); }
   static F set(float x) { return each([&](int) { return x; }); }
   static F load(const float* p) { return each([&](int i) { return p[i]; }); }
