@@ -132,6 +132,7 @@ struct Decoder::Pass {
   std::vector<std::vector<int>> subset_index;
   std::vector<Array<float>> scratch;                           // by thread: two rows of the widest input
   std::vector<std::vector<float>> scores;                      // by thread
+  std::vector<std::vector<Query>> queries_of;                  // by thread
   std::vector<float> slots, angles;
 
   std::vector<Row> rows;
@@ -456,6 +457,7 @@ Decoder::Pass::Pass(Decoder& decoder)
     subset_index.back().reserve(kMaxRows);
     scratch.emplace_back(static_cast<std::size_t>(widest) * 3);
     scores.emplace_back();
+    queries_of.emplace_back();
   }
   rows.reserve(kMaxRows);
   slots.resize(static_cast<std::size_t>(kMaxRows) * static_cast<std::size_t>(d.slot_width_));
@@ -855,26 +857,39 @@ void Decoder::Pass::block(int index, int t) {
   wait(kAttention, t);
 
   if (attends) {
-    // Heads are shared out evenly; those of a thread that read the same keys and values are taken together.
-    const auto [first, last] = share(n * s.heads, t, nt);
-    for (int item = first, count = 1; item < last; item += count) {
-      const int r = item / s.heads, begin = item % s.heads, kv = begin / group;
-      count = std::min(last - item, (kv + 1) * group - begin);
+    // Queries of one key/value head and of neighbouring rows of a sequence are taken together. One row's heads are
+    // shared out one by one, many rows' by the key/value head, so that each thread has early rows and late ones.
+    auto& asked = queries_of[static_cast<std::size_t>(t)];
+    const auto ask = [&](int r, int head) {
+      if (head_mask != nullptr && head_mask[head] == 0.0f) return;
       const Row& row = rows[static_cast<std::size_t>(r)];
-      const CacheView cache{row.sequence->keys_[static_cast<std::size_t>(index)].data(),
-                            row.sequence->values_[static_cast<std::size_t>(index)].data(), s.head_dim, padded(s.head_dim)};
       const int from = b.window > 0 ? std::max(0, row.position - b.window + 1) : 0;
-      const auto heads = [&](int head, int some) {
-        (s.exact ? k.attend_f32 : k.attend_f16)(cache, kv, from, row.position, to_q[static_cast<std::size_t>(r)] + head * s.head_dim, some,
-                                                s.attention_scale, to_attended[static_cast<std::size_t>(r)] + head * s.head_dim,
-                                                scores[static_cast<std::size_t>(t)].data());
-      };
-      if (head_mask == nullptr) {
-        heads(begin, count);
-        continue;
+      asked.push_back({to_q[static_cast<std::size_t>(r)] + head * s.head_dim, to_attended[static_cast<std::size_t>(r)] + head * s.head_dim, from, row.position});
+    };
+    const auto answer = [&](int r, int kv) {
+      const Sequence& sequence = *rows[static_cast<std::size_t>(r)].sequence;
+      const CacheView cache{sequence.keys_[static_cast<std::size_t>(index)].data(), sequence.values_[static_cast<std::size_t>(index)].data(),
+                            s.head_dim, padded(s.head_dim)};
+      (s.exact ? k.attend_f32 : k.attend_f16)(cache, kv, asked.data(), static_cast<int>(asked.size()), s.attention_scale,
+                                              scores[static_cast<std::size_t>(t)].data());
+      asked.clear();
+    };
+    if (n == 1) {
+      const auto [first, last] = share(s.heads, t, nt);
+      for (int head = first; head < last;) {
+        const int kv = head / group;
+        for (; head < std::min(last, (kv + 1) * group); ++head) ask(0, head);
+        answer(0, kv);
       }
-      for (int head = begin; head < begin + count; ++head)
-        if (head_mask[head] != 0.0f) heads(head, 1);
+    } else {
+      const int most = std::max(1, kQueries / group);
+      const auto [first, last] = share(s.kv_heads * n, t, nt);
+      for (int item = first; item < last;) {
+        const int kv = item / n, begin = item % n;
+        for (int r = begin; r < n && item < last && r - begin < most && rows[static_cast<std::size_t>(r)].sequence == rows[static_cast<std::size_t>(begin)].sequence; ++r, ++item)
+          for (int head = kv * group; head < (kv + 1) * group; ++head) ask(r, head);
+        answer(begin, kv);
+      }
     }
   }
   wait(kAttention, t);
@@ -1054,7 +1069,7 @@ void Decoder::run(const std::vector<Feed>& feeds, Logits logits, const Visit& vi
   const int n = static_cast<int>(pass.rows.size());
   for (int r = 0; r < n; ++r) pass.all_rows.push_back(r);
   pass.single = n == 1 && !tap_;
-  for (auto& s : pass.scores) s.resize(4 * round_up(static_cast<std::size_t>(highest) + 16, 16));
+  for (auto& s : pass.scores) s.resize(kQueries * (round_up(static_cast<std::size_t>(highest) + 16, 16) + static_cast<std::size_t>(padded(spec_.head_dim))));
   std::fill(pass.read.begin(), pass.read.begin() + n, has_consumers_ ? 0.0 : linear_bytes_);
   pass.parts = {};
   pass.bad_width.store(0);

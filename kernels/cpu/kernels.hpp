@@ -21,6 +21,14 @@ struct CacheView {
   int value_dim = 0;
 };
 
+inline constexpr int kQueries = 12;  // most that are taken together
+
+struct Query {
+  const float* q = nullptr;  // (head_dim)
+  float* out = nullptr;      // likewise
+  int first = 0, last = 0;   // positions that it sees
+};
+
 struct Kernels {
   Isa isa;
 
@@ -42,10 +50,9 @@ struct Kernels {
   void (*apply)(Function function, float* x, int n);
   void (*apply_gated)(Function function, float* gate, const float* up, int n);  // gate = f(gate) * up
   void (*add)(float* to, const float* from, int n);
-  // Softmax attention of `heads` query heads that share one key/value head, over positions [first, last].
-  // q, out: [heads][head_dim]; scores: scratch, heads * (16 * blocks touched) floats. Half: fp16 cache, else fp32.
-  using Attend = void (*)(const CacheView& cache, int kv_head, int first, int last, const float* q, int heads,
-                          float scale, float* out, float* scores);
+  // Softmax attention of n queries that share one key/value head. scores: scratch, kQueries * 16 floats for every block
+  // of 16 positions between the first and the last of any query, and as many for every 16 of head_dim. Half: fp16 cache, else fp32.
+  using Attend = void (*)(const CacheView& cache, int kv_head, const Query* queries, int n, float scale, float* scores);
   Attend attend_f32;
   Attend attend_f16;
   void (*to_fp16)(const float* x, int n, std::uint16_t* y);

@@ -476,7 +476,7 @@ void attention() {
               value_at.push_back(half ? static_cast<void*>(value16[static_cast<std::size_t>(piece)].data()) : b.data());
             }
             const auto q = random.normals(static_cast<std::size_t>(heads) * dim);
-            std::vector<float> out(static_cast<std::size_t>(heads) * dim), scores(static_cast<std::size_t>(std::min(heads, 4)) * 16 * (last / 16 - first / 16 + 1)), expected;
+            std::vector<float> out(static_cast<std::size_t>(heads) * dim), scores(static_cast<std::size_t>(kQueries) * 16 * (last / 16 - first / 16 + 1 + (dim + 15) / 16)), expected;
             const auto rounded = [&](float v) { return half ? static_cast<double>(fp16_to_float(float_to_fp16(v))) : static_cast<double>(v); };
             for (int h = 0; h < heads; ++h) {
               std::vector<double> weights;
@@ -493,7 +493,9 @@ void attention() {
                 expected.push_back(static_cast<float>(sum));
               }
             }
-            (half ? k.attend_f16 : k.attend_f32)({key_at.data(), value_at.data(), dim, value_dim}, 1, first, last, q.data(), heads, 0.3f, out.data(), scores.data());
+            std::vector<Query> queries;
+            for (int h = 0; h < heads; ++h) queries.push_back({q.data() + h * dim, out.data() + h * dim, first, last});
+            (half ? k.attend_f16 : k.attend_f32)({key_at.data(), value_at.data(), dim, value_dim}, 1, queries.data(), heads, 0.3f, scores.data());
             CHECK_IN(distance(out, expected) < 1e-5, std::string(isa_name(isa)) + " dim " + std::to_string(dim) + " heads " + std::to_string(heads) + " last " + std::to_string(last) + " " + std::to_string(distance(out, expected)));
           }
   }
