@@ -34,14 +34,20 @@ FOLDERS = [str(ROOT), *({str(Path.home())} - {"/"})]
 MACHINE = re.compile(r"(?<![\w./~$}-])(" + "|".join(map(re.escape, FOLDERS)) + r")(?=[/\s'\"`)]|$)", re.MULTILINE)
 
 
+def build_wheel(folder: Path, compiler: str) -> Path:
+    """The project's wheel, built by its own back end without a network, with this C++ compiler."""
+    settings = {"build-dir": str(folder / "build")}
+    build = f"import scikit_build_core.build as back; print(back.build_wheel({str(folder)!r}, {settings!r}))"
+    environment = os.environ | {"CXX": compiler}
+    subprocess.run([sys.executable, "-c", build], cwd=ROOT, check=True, capture_output=True, env=environment)
+    (path,) = folder.glob("*.whl")
+    return path
+
+
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Iterator[zipfile.ZipFile]:
-    """The project's wheel, built by its own back end without a network."""
-    folder = tmp_path_factory.mktemp("wheel")
-    build = f"import scikit_build_core.build as back; print(back.build_wheel({str(folder)!r}))"
-    subprocess.run([sys.executable, "-c", build], cwd=ROOT, check=True, capture_output=True)
-    (path,) = folder.glob("*.whl")
-    with zipfile.ZipFile(path) as archive:
+    """The wheel of a machine whose compiler works for nothing; all other tests run on a package with its engine."""
+    with zipfile.ZipFile(build_wheel(tmp_path_factory.mktemp("wheel"), "/bin/false")) as archive:
         yield archive
 
 
@@ -74,6 +80,23 @@ def test_wheel_holds_nothing_else(wheel: zipfile.ZipFile) -> None:
     folders = {name.split("/")[0] for name in wheel.namelist()}
     assert folders == {"workbench", f"compression_workbench-{PROJECT['version']}.dist-info"}
     assert not [name for name in wheel.namelist() if re.search(r"(^|/)(tests?|test_[^/]*|conftest[^/]*)(/|$)", name)]
+
+
+def test_a_machine_without_a_compiler_gets_all_but_the_engine(wheel: zipfile.ZipFile) -> None:
+    assert not [name for name in wheel.namelist() if name.endswith((".so", ".pyd", ".dylib"))]
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler here to pretend with")
+def test_a_compiler_without_the_language_leaves_the_engine_out(tmp_path: Path) -> None:
+    compiler = tmp_path / "old-c++"
+    compiler.write_text(
+        '#!/bin/sh\nfor option in "$@"; do case "$option" in -std=*20|-std=*2a) exit 1;; esac; done\nexec c++ "$@"\n'
+    )
+    compiler.chmod(0o755)
+    with zipfile.ZipFile(build_wheel(tmp_path, str(compiler))) as archive:
+        names = archive.namelist()
+    assert "workbench/runtime/cpu.py" in names
+    assert not [name for name in names if name.endswith((".so", ".pyd", ".dylib"))]
 
 
 def test_extras_and_command_are_declared(wheel: zipfile.ZipFile, metadata: Message) -> None:

@@ -223,6 +223,21 @@ double bandwidth(int threads, std::size_t bytes, int repeats) {
   return std::isnan(sums[0]) ? 0.0 : best;
 }
 
+// Seconds that reading the clock and adding to a part's time takes, mean of many.
+double lap_seconds() {
+  using Clock = std::chrono::steady_clock;
+  constexpr int n = 100000;
+  const auto started = Clock::now();
+  auto last = started;
+  volatile double part = 0;
+  for (int i = 0; i < n; ++i) {
+    const auto now = Clock::now();
+    part = part + std::chrono::duration<double>(now - last).count();
+    last = now;
+  }
+  return std::chrono::duration<double>(last - started).count() / n;
+}
+
 }  // namespace
 
 NB_MODULE(_cpu, m) {
@@ -233,6 +248,7 @@ NB_MODULE(_cpu, m) {
     for (const auto isa : wb::available_isas()) names.emplace_back(wb::isa_name(isa));
     return names;
   });
+  m.def("lap_seconds", &lap_seconds);
   m.def("bandwidth", &bandwidth, "threads"_a, "bytes"_a = std::size_t{1} << 30, "repeats"_a = 5);
   m.def(
       "sample",
@@ -374,5 +390,6 @@ NB_MODULE(_cpu, m) {
       .def_prop_ro("weight_bytes", [](const Engine& e) { return e.decoder.weight_bytes(); })
       .def_prop_ro("linear_bytes", [](const Engine& e) { return e.decoder.linear_bytes(); })
       .def_prop_ro("output_bytes", [](const Engine& e) { return e.decoder.output_bytes(); })
+      .def_prop_ro("laps", [](const Engine& e) { return e.decoder.laps(); })
       .def_prop_ro("isa", [](const Engine& e) { return std::string(wb::isa_name(e.decoder.isa())); });
 }

@@ -109,6 +109,7 @@ struct Decoder::Pass {
     const auto now = Clock::now();
     parts[part] += std::chrono::duration<double>(now - last).count();
     last = now;
+    ++d.laps_;
   }
   void wait(Part part, int t) {
     d.pool_->barrier();
@@ -1072,6 +1073,7 @@ void Decoder::run(const std::vector<Feed>& feeds, Logits logits, const Visit& vi
   for (auto& s : pass.scores) s.resize(kQueries * (round_up(static_cast<std::size_t>(highest) + 16, 16) + static_cast<std::size_t>(padded(spec_.head_dim))));
   std::fill(pass.read.begin(), pass.read.begin() + n, has_consumers_ ? 0.0 : linear_bytes_);
   pass.parts = {};
+  laps_ = 0;
   pass.bad_width.store(0);
   pass.visit = &visit;
   pass.begin_slots();

@@ -124,6 +124,7 @@ class Decoder {
   const std::vector<Decider>& deciders() const { return deciders_; }
   std::size_t weight_bytes() const { return arena_.used(); }
   double output_bytes() const;
+  int laps() const { return laps_; }  // times that the last pass read the clock for its trace
   double linear_bytes() const { return linear_bytes_; }
   Isa isa() const { return k_->isa; }
   Pool& pool() { return *pool_; }
@@ -154,6 +155,7 @@ class Decoder {
   int slot_width_ = 0;
   bool has_consumers_ = false, finished_ = false;
   double linear_bytes_ = 0;
+  int laps_ = 0;
   Tap tap_;
   std::unique_ptr<Pass> pass_;
 };

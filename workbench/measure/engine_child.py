@@ -21,11 +21,15 @@ from workbench.runtime.plan import Policy, width_plan
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of each decoding step, and bytes that a step touched (None where the engine does not say)."""
+    """Seconds of each decoding step; bytes that a step touched, seconds of its parts and of timing them.
+
+    The last three are None where the engine does not say.
+    """
 
     step_s: list[float]
     touched_bytes: float | None
     parts: dict[str, float] | None
+    trace_s: float | None
 
 
 class Side(Protocol):
@@ -53,7 +57,7 @@ class CpuSide:
         self._engine.generate(sequence, prompt, new_tokens + 1, on_token=lambda _: at.append(time.perf_counter()))
         steps = sequence.trace[len(prompt) :]
         parts = {name: float(np.median([step.parts[name] for step in steps])) for name in steps[0].parts}
-        return Timing(np.diff(at[1:]).tolist(), float(np.mean([step.touched_bytes for step in steps])), parts)
+        return Timing(np.diff(at[1:]).tolist(), float(np.mean([step.touched_bytes for step in steps])), parts, self._engine.trace_seconds)
 
     def prefill(self, prompt: Sequence[int]) -> float:
         self._set_width()
@@ -67,7 +71,7 @@ class ReferenceSide:
         self._engine = engine
 
     def decode(self, prompt: Sequence[int], new_tokens: int) -> Timing:
-        return Timing(decode(self._engine, prompt, new_tokens).step_s, None, None)
+        return Timing(decode(self._engine, prompt, new_tokens).step_s, None, None, None)
 
     def prefill(self, prompt: Sequence[int]) -> float:
         return prefill_seconds(self._engine, prompt)
@@ -90,7 +94,7 @@ class LlamaCppSide:
             started = time.perf_counter()
             self._model.eval([token])
             seconds.append(time.perf_counter() - started)
-        return Timing(seconds, None, None)
+        return Timing(seconds, None, None, None)
 
     def prefill(self, prompt: Sequence[int]) -> float:
         self._model.reset()

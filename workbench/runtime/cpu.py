@@ -142,6 +142,11 @@ class CpuEngine:
         """Bytes that a step reads of the output layer."""
         return int(self._core.output_bytes)
 
+    @property
+    def trace_seconds(self) -> float:
+        """Seconds that the last pass spent on timing its parts: clock readings counted, one reading measured here."""
+        return float(self._core.laps * kernels().lap_seconds())
+
     def start(self, *, seed: int = 0, replay: Sequence[dict[str, Any]] | None = None) -> CpuSequence:
         """Return an empty sequence; see ``Engine.start``."""
         self._check_open()

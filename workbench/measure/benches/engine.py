@@ -84,6 +84,7 @@ class _Row:
         "cache_bytes",
         "attention_share",
         "decider_share",
+        "trace_share",
         "note",
     ),
 )
@@ -92,7 +93,7 @@ def engine(context: BenchContext) -> Rows:
 
     ``speed_ratio`` (with ``speed_low`` and ``speed_high``) is a row's decoding speed over that of ``rival`` on the same
     rounds: llama.cpp where it is there, else transformers in bf16. ``bandwidth`` is what reading 1 GiB with the
-    engine's threads reaches, bytes per second, best of the run. KL is against the dense model in fp32.
+    engine's threads reaches, bytes per second, best of the run. ``trace_share`` is what timing the parts of a step takes of it. KL is against the dense model in fp32.
     """
     choose_engine("cpu")
     model = load(context.model, job=context.job)
@@ -302,6 +303,7 @@ def _speed(entry: _Row, side: dict[str, Any], prefill_tokens: int, bandwidth: fl
             "bandwidth_share": size / median / bandwidth,
             "attention_share": parts["attention"] / total,
             "decider_share": parts["deciders"] / total,
+            "trace_share": float(np.median([run["trace_s"] for run in side["runs"]])) / median,
         }
     if entry.compressed is not None:
         linears = entry.compressed.linears.values()
