@@ -62,6 +62,12 @@ struct Decoder::LinearLayer {
   bool present = false;
   int format = -1;
   int width_slot = -1;           // place in a row of slot values
+  std::vector<int> levels;       // widths that the slot's values are an index into; empty: they are widths
+  long bits(float value) const {
+    const long at = std::lround(value);
+    if (levels.empty()) return at;
+    return at >= 0 && at < static_cast<long>(levels.size()) ? levels[static_cast<std::size_t>(at)] : -1;
+  }
   std::vector<int> widths;
   std::vector<Transform> transforms;
   std::array<double, 9> bytes{}; // by width; [0] as stored
@@ -78,7 +84,8 @@ struct Decoder::Block {
   int rope = -1, window = 0;
   int heads_slot = -1, neurons_slot = -1, path_slot = -1;
   std::array<int, 4> threshold_slot{-1, -1, -1, -1};  // qkv, o, gate_up, down
-  std::array<std::vector<int>, 3> deciders;           // by tap
+  std::array<std::vector<int>, kTaps> deciders;       // by tap
+  bool decides(TapKind tap) const { return !deciders[static_cast<std::size_t>(tap)].empty(); }
 };
 
 // Buffers of one pass, and the walk through the blocks that every thread takes.
@@ -281,11 +288,12 @@ void Decoder::add_decider(Decider decider) {
   if (decider.scope == ScopeKind::every && decider.every < 1) throw std::invalid_argument("A decider decides every 1 or more positions.");
   decider.first = slot_width_;
   slot_width_ += decider.program->size();
+  if (decider.scope != ScopeKind::reply) decider_bytes_ += decider.bytes / (decider.scope == ScopeKind::every ? decider.every : 1);
   blocks_[static_cast<std::size_t>(decider.block)].deciders[static_cast<std::size_t>(decider.tap)].push_back(static_cast<int>(deciders_.size()));
   deciders_.push_back(std::move(decider));
 }
 
-void Decoder::add_consumer(int slot, const std::string& kind, const std::string& target, std::vector<int> widths) {
+void Decoder::add_consumer(int slot, const std::string& kind, const std::string& target, std::vector<int> widths, std::vector<int> levels) {
   if (finished_) throw std::logic_error("This decoder is complete: nothing can be added.");
   std::sort(widths.begin(), widths.end());  // a width named twice must not be added twice
   widths.erase(std::unique(widths.begin(), widths.end()), widths.end());
@@ -319,8 +327,11 @@ void Decoder::add_consumer(int slot, const std::string& kind, const std::string&
           const bool fits = layer.w.kind == Kind::planes ? w >= 1 && w <= layer.w.bits : w == layer.w.bits;
           if (!fits) throw std::invalid_argument(target + " has no " + std::to_string(w) + "-bit form.");
         }
+        for (const int w : levels)
+          if (!std::binary_search(widths.begin(), widths.end(), w)) throw std::invalid_argument("A level of " + target + " is none of its widths.");
         claim(layer.width_slot, 1);
         layer.widths = widths;
+        layer.levels = levels;
       }
   } else {
     throw std::invalid_argument("Unknown consumer kind '" + kind + "'.");
@@ -556,7 +567,7 @@ double Decoder::Pass::read_share(const LinearLayer& layer, int row) const {
 void Decoder::Pass::count(const LinearLayer& layer, int t, int mask_slot, int per_mask, const std::vector<int>* subset) {
   if (t != 0 || !d.has_consumers_ || !layer.present) return;
   for (const int r : subset != nullptr ? *subset : all_rows) {
-    const long bits = layer.width_slot >= 0 ? std::clamp<long>(std::lround(slot(layer.width_slot, r)), 0, 8) : 0;
+    const long bits = layer.width_slot >= 0 ? std::clamp<long>(layer.bits(slot(layer.width_slot, r)), 0, 8) : 0;
     double used = 1;
     if (mask_slot >= 0) {
       int tiles = 0;
@@ -629,10 +640,10 @@ void Decoder::Pass::product(const LinearLayer& layer, const std::vector<int>* su
     run_those(0, [](int) { return true; });
     return;
   }
-  for (const int bits : layer.widths) run_those(bits, [&](int r) { return std::lround(slot(layer.width_slot, r)) == bits; });
+  for (const int bits : layer.widths) run_those(bits, [&](int r) { return layer.bits(slot(layer.width_slot, r)) == bits; });
   if (t == 0)
     for (const int r : members) {
-      const auto bits = static_cast<int>(std::lround(slot(layer.width_slot, r)));
+      const auto bits = static_cast<int>(layer.bits(slot(layer.width_slot, r)));
       if (std::find(layer.widths.begin(), layer.widths.end(), bits) == layer.widths.end()) bad_width.store(bits == 0 ? -1 : bits);
     }
 }
@@ -672,11 +683,19 @@ void Decoder::Pass::begin_slots() {
 void Decoder::Pass::decide(const Block& b, TapKind tap, int t, Array<float>& source, int width) {
   const auto& here = b.deciders[static_cast<std::size_t>(tap)];
   if (here.empty()) return;
-  if (t == 0) {
-    const std::size_t stride = source.size() / kMaxRows;
-    for (const int i : here) {
-      const Decider& decider = d.deciders_[static_cast<std::size_t>(i)];
-      const auto n = static_cast<std::size_t>(decider.program->size());
+  const std::size_t stride = source.size() / kMaxRows;
+  for (const int i : here) {
+    const Decider& decider = d.deciders_[static_cast<std::size_t>(i)];
+    const auto n = static_cast<std::size_t>(decider.program->size());
+    if (decider.scope == ScopeKind::token) {  // nothing is held: rows are shared out
+      const auto [first, last] = share(static_cast<int>(rows.size()), t, nt);
+      for (auto r = static_cast<std::size_t>(first); r < static_cast<std::size_t>(last); ++r) {
+        const Held& held = rows[r].sequence->held;
+        if (held.is_fixed[static_cast<std::size_t>(i)] || held.replay_rows > 0) continue;
+        decider.program->run(k, source.data() + r * stride, width, rows[r].position,
+                             slots.data() + r * static_cast<std::size_t>(d.slot_width_) + decider.first);
+      }
+    } else if (t == 0) {
       for (std::size_t r = 0; r < rows.size(); ++r) {
         Held& held = rows[r].sequence->held;
         if (held.is_fixed[static_cast<std::size_t>(i)] || held.replay_rows > 0) continue;
@@ -686,12 +705,12 @@ void Decoder::Pass::decide(const Block& b, TapKind tap, int t, Array<float>& sou
         const float* row = source.data() + r * stride;
         if (decider.scope == ScopeKind::reply) {
           if (position != rows[r].sequence->prompt_length - 1) continue;
-          decider.program->run(row, width, position, values);
+          decider.program->run(k, row, width, position, values);
           held.made[static_cast<std::size_t>(i)] = 1;
           continue;  // in force from the next row on
         }
-        if (decider.scope == ScopeKind::token || position % decider.every == 0) {
-          decider.program->run(row, width, position, values);
+        if (position % decider.every == 0) {
+          decider.program->run(k, row, width, position, values);
           held.made[static_cast<std::size_t>(i)] = 1;
         }
         if (held.made[static_cast<std::size_t>(i)]) std::copy_n(values, n, to);
@@ -741,7 +760,7 @@ void Decoder::Pass::block(int index, int t) {
   const int n = static_cast<int>(rows.size());
   const std::string name = "blocks." + std::to_string(index);
   const bool tapped = static_cast<bool>(d.tap_);
-  const bool deciding = !b.deciders[1].empty();
+  const bool deciding = b.decides(TapKind::block_input);
   float* space = scratch[static_cast<std::size_t>(t)].data();
   const int widest = static_cast<int>(scratch[static_cast<std::size_t>(t)].size()) / 3;
 
@@ -778,11 +797,14 @@ void Decoder::Pass::block(int index, int t) {
   };
 
   // Attention.
-  if (deciding) {  // the normed rows are read before the inputs are prepared from them
+  const auto normalize_rows = [&](const Norm& norm) {
     const auto [first, last] = share(n, t, nt);
     for (int r = first; r < last; ++r)
-      normalize(b.input, to_x[static_cast<std::size_t>(r)], normed.data() + static_cast<std::size_t>(r) * hidden);
+      normalize(norm, to_x[static_cast<std::size_t>(r)], normed.data() + static_cast<std::size_t>(r) * hidden);
     wait(kOther, t);
+  };
+  if (deciding) {  // the normed rows are read before the inputs are prepared from them
+    normalize_rows(b.input);
     decide(b, TapKind::block_input, t, normed, s.hidden);
     prepare_from({&b.q, &b.k, &b.v}, normed, hidden, nullptr, nullptr, s.hidden, b.threshold_slot[0]);
   } else {
@@ -797,7 +819,7 @@ void Decoder::Pass::block(int index, int t) {
     return path == what || path == 3.0f;
   };
   auto& chosen = subset_index[static_cast<std::size_t>(t)];
-  const bool always_attend = !b.deciders[2].empty() || tapped;  // somebody reads what attention gives
+  const bool always_attend = b.decides(TapKind::attention_output) || tapped;  // somebody reads what attention gives
   const bool attends = n > 1 || always_attend || !skipped(0, 1.0f);
   const float* head_mask = single && b.heads_slot >= 0 && !always_attend ? slots.data() + b.heads_slot : nullptr;
   if (attends) product(b.q, nullptr, to_q.data(), false, t, s.head_dim % kRows == 0 ? head_mask : nullptr, s.head_dim);
@@ -937,7 +959,13 @@ void Decoder::Pass::block(int index, int t) {
   const bool runs_mlp = n > 1 || tapped || !skipped(0, 2.0f);
   const float* neuron_mask = single && b.neurons_slot >= 0 ? slots.data() + b.neurons_slot : nullptr;
   if (runs_mlp) {
-    prepare_from({&b.gate, &b.up}, x, hidden, &b.pre_mlp, &normed, s.hidden, b.threshold_slot[2]);
+    if (b.decides(TapKind::mlp_input)) {
+      normalize_rows(b.pre_mlp);
+      decide(b, TapKind::mlp_input, t, normed, s.hidden);
+      prepare_from({&b.gate, &b.up}, normed, hidden, nullptr, nullptr, s.hidden, b.threshold_slot[2]);
+    } else {
+      prepare_from({&b.gate, &b.up}, x, hidden, &b.pre_mlp, &normed, s.hidden, b.threshold_slot[2]);
+    }
     if (t == 0 && tapped) {
       if (s.gated) site(name + ".gate", normed, hidden, s.hidden);
       site(name + ".up", normed, hidden, s.hidden);
@@ -971,6 +999,7 @@ void Decoder::Pass::block(int index, int t) {
     }
     wait(kLinears, t);
     Array<float>& inner = s.gated ? gate : up;
+    decide(b, TapKind::mlp_inner, t, inner, s.neurons);
     if (t == 0 && tapped) site(name + ".down", inner, neurons, s.neurons);
     if (n > 1 || !skipped(0, 2.0f)) {
       prepare_from({&b.down}, inner, neurons, nullptr, nullptr, s.neurons, b.threshold_slot[3]);
@@ -1071,7 +1100,7 @@ void Decoder::run(const std::vector<Feed>& feeds, Logits logits, const Visit& vi
   for (int r = 0; r < n; ++r) pass.all_rows.push_back(r);
   pass.single = n == 1 && !tap_;
   for (auto& s : pass.scores) s.resize(kQueries * (round_up(static_cast<std::size_t>(highest) + 16, 16) + static_cast<std::size_t>(padded(spec_.head_dim))));
-  std::fill(pass.read.begin(), pass.read.begin() + n, has_consumers_ ? 0.0 : linear_bytes_);
+  std::fill(pass.read.begin(), pass.read.begin() + n, has_consumers_ ? decider_bytes_ : linear_bytes_);
   pass.parts = {};
   laps_ = 0;
   pass.bad_width.store(0);

@@ -101,7 +101,7 @@ class Decoder {
   void add_transform(const std::string& linear, Transform transform);
   // Deciders in the order of their slots; consumers name a slot, a kind and a target as the plan does.
   void add_decider(Decider decider);
-  void add_consumer(int slot, const std::string& kind, const std::string& target, std::vector<int> widths);
+  void add_consumer(int slot, const std::string& kind, const std::string& target, std::vector<int> widths, std::vector<int> levels = {});
   void finish();
 
   // Running. One call at a time; sequences must be of this decoder.
@@ -154,7 +154,7 @@ class Decoder {
   std::vector<Format> formats_;
   int slot_width_ = 0;
   bool has_consumers_ = false, finished_ = false;
-  double linear_bytes_ = 0;
+  double linear_bytes_ = 0, decider_bytes_ = 0;
   int laps_ = 0;
   Tap tap_;
   std::unique_ptr<Pass> pass_;

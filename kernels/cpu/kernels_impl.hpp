@@ -123,6 +123,23 @@ void put(const Matrix& w, int tile, const typename V::F* total, float* const* y,
   }
 }
 
+// Four rows of four times four bytes become four columns, `stride` bytes apart.
+inline void transpose_fours(const std::int8_t* const (&rows)[4], char* to, std::size_t stride) {
+#if defined(__GNUC__)
+  typedef std::int32_t Fours __attribute__((vector_size(16)));
+  Fours a, b, c, d;
+  std::memcpy(&a, rows[0], 16), std::memcpy(&b, rows[1], 16), std::memcpy(&c, rows[2], 16), std::memcpy(&d, rows[3], 16);
+  const Fours ab = __builtin_shufflevector(a, b, 0, 4, 1, 5), cd = __builtin_shufflevector(c, d, 0, 4, 1, 5);
+  const Fours AB = __builtin_shufflevector(a, b, 2, 6, 3, 7), CD = __builtin_shufflevector(c, d, 2, 6, 3, 7);
+  a = __builtin_shufflevector(ab, cd, 0, 1, 4, 5), b = __builtin_shufflevector(ab, cd, 2, 3, 6, 7);
+  c = __builtin_shufflevector(AB, CD, 0, 1, 4, 5), d = __builtin_shufflevector(AB, CD, 2, 3, 6, 7);
+  std::memcpy(to, &a, 16), std::memcpy(to + stride, &b, 16), std::memcpy(to + 2 * stride, &c, 16), std::memcpy(to + 3 * stride, &d, 16);
+#else
+  for (std::size_t i = 0; i < 4; ++i)
+    for (std::size_t n = 0; n < 4; ++n) std::memcpy(to + i * stride + 4 * n, rows[n] + 4 * i, 4);
+#endif
+}
+
 // The int8 activations of N rows side by side: one address serves all of them, and a product takes its four from memory.
 template <int N>
 struct Panel {
@@ -141,8 +158,15 @@ struct Panel {
       auto* to = reinterpret_cast<char*>(room.data());
       auto* scales = reinterpret_cast<float*>(room.data() + N * fours);
       float* sums = scales + N * at.n_blocks;
+      if constexpr (N % 4 == 0) {
+        for (std::size_t n = 0; n < N; n += 4)
+          for (std::size_t i = 0; i < fours; i += 4)  // padded to whole chunks: fours is a multiple of 4
+            transpose_fours({x[n].q + 4 * i, x[n + 1].q + 4 * i, x[n + 2].q + 4 * i, x[n + 3].q + 4 * i}, to + 4 * (N * i + n), 4 * N);
+      } else {
+        for (std::size_t n = 0; n < N; ++n)
+          for (std::size_t i = 0; i < fours; ++i) std::memcpy(to + 4 * (N * i + n), x[n].q + 4 * i, 4);
+      }
       for (std::size_t n = 0; n < N; ++n) {
-        for (std::size_t i = 0; i < fours; ++i) std::memcpy(to + 4 * (N * i + n), x[n].q + 4 * i, 4);
         for (int i = 0; i < at.n_blocks; ++i) scales[N * i + n] = x[n].scale[i];
         for (int i = 0; i < at.n_groups; ++i) sums[N * i + n] = x[n].sum[i];
       }
@@ -351,7 +375,8 @@ void panel_int8(const Matrix& w, int bits, const Activation* x, float* const* y,
 
 template <class V, class Codes>
 void rows_int8(WB_PRODUCT_ARGUMENTS) {
-  for (; n >= 16; n -= 16, x += 16, y += 16) panel_int8<V, Codes, 16>(w, bits, x, y, add, first, last);
+  // Twelve sums and twelve parts are what 32 registers hold besides the weights.
+  for (; n >= 12; n -= 12, x += 12, y += 12) panel_int8<V, Codes, 12>(w, bits, x, y, add, first, last);
   if (n >= 8) panel_int8<V, Codes, 8>(w, bits, x, y, add, first, last), n -= 8, x += 8, y += 8;
   if (n >= 4) panel_int8<V, Codes, 4>(w, bits, x, y, add, first, last), n -= 4, x += 4, y += 4;
   if (n >= 2) panel_int8<V, Codes, 2>(w, bits, x, y, add, first, last), n -= 2, x += 2, y += 2;
@@ -714,6 +739,16 @@ void attend(const CacheView& cache, int kv_head, const Query* queries, int n, fl
 }
 
 template <class V>
+float dot_i8(const std::int8_t* a, const float* x, int n) {
+  auto total = V::zero();
+  int i = 0;
+  for (; i + 16 <= n; i += 16) total = V::fma(V::load_i8(a + i), V::load(x + i), total);
+  float sum = V::sum(total);
+  for (; i < n; ++i) sum += static_cast<float>(a[i]) * x[i];
+  return sum;
+}
+
+template <class V>
 void to_fp16(const float* x, int n, std::uint16_t* y) {
   for (int i = 0; i < n; i += 16) {
     std::uint16_t part[16];
@@ -784,6 +819,7 @@ constexpr Kernels make_kernels(Isa isa) {
   k.add = add<V>;
   k.attend_f32 = attend<V, float>;
   k.attend_f16 = attend<V, std::uint16_t>;
+  k.dot_i8 = dot_i8<V>;
   k.to_fp16 = to_fp16<V>;
   k.to_bf16 = to_bf16<V>;
   k.log_sum_exp = log_sum_exp<V>;

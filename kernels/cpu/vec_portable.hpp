@@ -53,6 +53,7 @@ struct Portable {
     for (int i = 0; i < 16; ++i) p[i] = float_to_fp16(x.v[i]);
   }
   static F load_u8(const std::uint8_t* p) { return each([&](int i) { return static_cast<float>(p[i]); }); }
+  static F load_i8(const std::int8_t* p) { return each([&](int i) { return static_cast<float>(p[i]); }); }
   static void store_i8(std::int8_t* p, const F& x) {
     for (int i = 0; i < 16; ++i) p[i] = static_cast<std::int8_t>(std::nearbyint(x.v[i]));
   }

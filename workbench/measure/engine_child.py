@@ -57,7 +57,12 @@ class CpuSide:
         self._engine.generate(sequence, prompt, new_tokens + 1, on_token=lambda _: at.append(time.perf_counter()))
         steps = sequence.trace[len(prompt) :]
         parts = {name: float(np.median([step.parts[name] for step in steps])) for name in steps[0].parts}
-        return Timing(np.diff(at[1:]).tolist(), float(np.mean([step.touched_bytes for step in steps])), parts, self._engine.trace_seconds)
+        return Timing(
+            np.diff(at[1:]).tolist(),
+            float(np.mean([step.touched_bytes for step in steps])),
+            parts,
+            self._engine.trace_seconds,
+        )
 
     def prefill(self, prompt: Sequence[int]) -> float:
         self._set_width()

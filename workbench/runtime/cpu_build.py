@@ -17,7 +17,7 @@ from workbench.errors import EngineError
 from workbench.models.base import Architecture
 from workbench.progress import Job
 from workbench.runtime.cpu_source import GROUP_KINDS, Matrix, Source
-from workbench.runtime.plan import NormThreshold, Plan, PositionTable, ProjectionMask
+from workbench.runtime.plan import LinearLevels, NormThreshold, Plan, PositionTable, ProjectionMask, ProjectionThreshold
 
 if TYPE_CHECKING:
     from workbench.formats.compressed import CompressedModel
@@ -332,9 +332,16 @@ def _plan(engine: Any, plan: Plan, arch: Architecture) -> None:
             numbers,
             matrix,
             positions,
+            float(decider.program.bytes),
         )
     for consumer in plan.consumers:
-        engine.add_consumer(plan.slots.index(consumer.slot), consumer.kind, consumer.target, list(consumer.widths))
+        engine.add_consumer(
+            plan.slots.index(consumer.slot),
+            consumer.kind,
+            consumer.target,
+            list(consumer.widths),
+            list(consumer.levels),
+        )
 
 
 def _program(program: Any) -> tuple[str, list[float], np.ndarray | None, list[int]]:
@@ -343,6 +350,13 @@ def _program(program: Any) -> tuple[str, list[float], np.ndarray | None, list[in
     if isinstance(program, ProjectionMask):
         matrix = np.ascontiguousarray(program.matrix, dtype=np.float32)
         return "projection_mask", [float(program.keep)], matrix, []
+    if isinstance(program, ProjectionThreshold):
+        # Rows of the matrix, each followed by its scale: int8 values are exact in fp32.
+        rows = np.concatenate([program.matrix.astype(np.float32), program.scale.astype(np.float32)[:, None]], axis=1)
+        return "projection_threshold", [program.threshold, program.low, program.high], np.ascontiguousarray(rows), []
+    if isinstance(program, LinearLevels):
+        row = np.ascontiguousarray(program.weights, dtype=np.float32)[None]
+        return "linear_levels", [program.bias, float(program.rms), *program.thresholds], row, []
     if isinstance(program, PositionTable):
         return "position_table", list(program.values), None, list(program.positions)
     raise EngineError(

@@ -16,7 +16,7 @@ import numpy as np
 from workbench.errors import EngineError, suggest
 from workbench.models.base import Architecture
 
-TapKind = Literal["residual", "block_input", "attention_output"]
+TapKind = Literal["residual", "block_input", "attention_output", "mlp_input", "mlp_inner"]
 ConsumerKind = Literal["width", "heads", "neurons", "input_threshold", "path"]
 
 # Values of a ``path`` slot.
@@ -30,6 +30,8 @@ class Tap:
     ``residual``: the residual stream entering block ``block`` (before its norm), (hidden,).
     ``block_input``: the same after the block's input norm, what q, k and v read, (hidden,).
     ``attention_output``: the concatenated head outputs, what ``o`` reads, (heads * head_dim,).
+    ``mlp_input``: what gate and up read, (hidden,).
+    ``mlp_inner``: the neurons after activation and gate, what ``down`` reads, (neurons,).
     """
 
     kind: TapKind
@@ -124,6 +126,77 @@ class ProjectionMask:
 
 
 @dataclass(frozen=True)
+class ProjectionThreshold:
+    """``high`` where the norm of ``scale * matrix @ tap`` exceeds ``threshold``, else ``low``.
+
+    A random projection keeps norms (Johnson and Lindenstrauss): with ``matrix`` = A dW it estimates ``||dW tap||`` from
+    few rows. ``matrix`` is int8 (k, width), ``scale`` float32 (k,), the step of each row.
+    """
+
+    matrix: np.ndarray
+    scale: np.ndarray
+    threshold: float
+    low: float
+    high: float
+    size: int = 1
+
+    @property
+    def multiply_adds(self) -> int:
+        return int(self.matrix.size)
+
+    @property
+    def bytes(self) -> int:
+        return int(self.matrix.nbytes + self.scale.nbytes) + 4
+
+    def estimate(self, taps: np.ndarray) -> np.ndarray:
+        """Norms (n,) float32 of taps (n, width)."""
+        projected = (taps.astype(np.float32) @ self.matrix.T.astype(np.float32)) * self.scale
+        return np.sqrt(np.square(projected).sum(axis=1))
+
+    def __call__(self, taps: np.ndarray, positions: np.ndarray) -> np.ndarray:
+        return np.where(self.estimate(taps) > self.threshold, self.high, self.low).astype(np.float32)
+
+
+@dataclass(frozen=True)
+class LinearLevels:
+    """The number of ``thresholds`` (ascending) that ``weights @ tap + bias`` exceeds: 0 to their count.
+
+    ``weights`` is float32 (width,). With ``rms`` the tap is first divided by its root mean square.
+    """
+
+    weights: np.ndarray
+    bias: float
+    thresholds: tuple[float, ...]
+    rms: bool = True
+    size: int = 1
+
+    def __post_init__(self) -> None:
+        if list(self.thresholds) != sorted(self.thresholds):
+            raise EngineError(f"Thresholds of levels must ascend, got {list(self.thresholds)}.")
+
+    @property
+    def multiply_adds(self) -> int:
+        return int(self.weights.size)
+
+    @property
+    def bytes(self) -> int:
+        return int(self.weights.nbytes) + 4 * (1 + len(self.thresholds))
+
+    def score(self, taps: np.ndarray) -> np.ndarray:
+        """Scores (n,) float32 of taps (n, width)."""
+        taps = taps.astype(np.float32)
+        scores = taps @ self.weights
+        if self.rms:
+            scores = scores / np.sqrt(np.square(taps).mean(axis=1) + np.float32(1e-12))
+        return scores + np.float32(self.bias)
+
+    def __call__(self, taps: np.ndarray, positions: np.ndarray) -> np.ndarray:
+        return np.searchsorted(np.asarray(self.thresholds, np.float32), self.score(taps), side="left").astype(
+            np.float32
+        )
+
+
+@dataclass(frozen=True)
 class PositionTable:
     """The value of the last entry whose position is not after the token's, for schedules that ignore the tap.
 
@@ -162,7 +235,8 @@ class Decider:
 class Consumer:
     """Reads ``slot`` and changes what is computed.
 
-    ``width``: target a unit; the slot holds the bits to read it at, one of ``widths``.
+    ``width``: target a unit; the slot holds the bits to read it at, one of ``widths``. With ``levels`` the slot holds
+    an index into them instead, so that one slot moves many units, each along its own widths.
     ``heads`` / ``neurons``: target ``blocks.<i>``; the slot holds a mask of query heads / MLP neurons, 1 = computed.
     Keys and values are always written.
     ``input_threshold``: target a unit; inputs of magnitude at most the slot's value are left out.
@@ -173,6 +247,15 @@ class Consumer:
     kind: ConsumerKind
     target: str
     widths: tuple[int, ...] = ()
+    levels: tuple[int, ...] = ()
+
+    def bits(self, values: np.ndarray) -> np.ndarray:
+        """Bits int64 (n,) that slot values (n,) ask a width consumer for; -1 where there is no such level."""
+        values = np.rint(values).astype(np.int64)
+        if not self.levels:
+            return values
+        inside = (values >= 0) & (values < len(self.levels))
+        return np.where(inside, np.asarray(self.levels)[np.clip(values, 0, len(self.levels) - 1)], -1)
 
 
 @dataclass(frozen=True)
@@ -217,11 +300,16 @@ class Plan:
                 )
             if consumer.kind == "width" and not consumer.widths:
                 raise EngineError(f"The width consumer of {consumer.target} lists no widths.")
+            if not set(consumer.levels) <= set(consumer.widths):
+                raise EngineError(
+                    f"The levels {list(consumer.levels)} of {consumer.target} are not all among its widths "
+                    f"{list(consumer.widths)}."
+                )
 
 
 # Position inside a block at which a tap is available and a consumer acts.
-_TAP_STAGE = {"residual": 0, "block_input": 1, "attention_output": 3}
-_UNIT_STAGE = {"qkv": 2, "o": 4, "gate_up": 5, "down": 6}
+_TAP_STAGE = {"residual": 0, "block_input": 1, "attention_output": 3, "mlp_input": 5, "mlp_inner": 7}
+_UNIT_STAGE = {"qkv": 2, "o": 4, "gate_up": 6, "down": 8}
 
 
 def _order_of_tap(tap: Tap) -> tuple[int, int]:
@@ -232,7 +320,7 @@ def _order_of_use(consumer: Consumer) -> tuple[int, int]:
     parts = consumer.target.split(".")
     if len(parts) < 2 or parts[0] != "blocks" or not parts[1].isdigit():
         raise EngineError(f"A consumer's target must be blocks.<i> or blocks.<i>.<unit>, got '{consumer.target}'.")
-    stage = {"heads": 4, "neurons": 5, "path": 2}.get(consumer.kind)
+    stage = {"heads": 4, "neurons": 6, "path": 2}.get(consumer.kind)
     if stage is None:
         if len(parts) != 3 or parts[2] not in _UNIT_STAGE:
             raise EngineError(f"A {consumer.kind} consumer targets a unit, got '{consumer.target}'.")

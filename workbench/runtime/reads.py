@@ -63,7 +63,7 @@ class ReadCounter:
         for consumer in self._plan.consumers:
             if consumer.target == linear.unit and consumer.kind == "width":
                 sizes = {b: self._stored_bytes(linear.id, b) for b in consumer.widths}
-                read = np.array([sizes[int(b)] for b in decisions.in_force(consumer.slot)])
+                read = np.array([sizes[int(b)] for b in consumer.bits(decisions.in_force(consumer.slot))])
         for consumer in self._plan.consumers:
             if consumer.target == f"blocks.{linear.block}":
                 kept = self._kept_share(consumer, kind, decisions)

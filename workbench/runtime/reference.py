@@ -41,6 +41,10 @@ from workbench.runtime.weights import DenseWeights, WeightSource
 _ROWS = 16  # of logits that are copied at once
 
 
+# The tap that sees what a unit reads.
+_TAP_OF_UNIT = {"qkv": "block_input", "o": "attention_output", "gate_up": "mlp_input", "down": "mlp_inner"}
+
+
 class ReferenceSequence:
     """One running text of the reference engine."""
 
@@ -346,7 +350,7 @@ class ReferenceEngine:
         arch = self.model.architecture
         unit = arch.unit(linear.unit)
         first = unit.linears[0].id == linear.id
-        tap = {"qkv": "block_input", "o": "attention_output"}.get(unit.kind) if first else None
+        tap = _TAP_OF_UNIT[unit.kind] if first else None
         deciders = [d for d in self.plan.deciders if d.tap.kind == tap and d.tap.block == linear.block]
         here = [c for c in self.plan.consumers if c.target in (unit.id, f"blocks.{linear.block}")]
         transforms = [self._transform(t) for t in self.plan.transforms.get(linear.id, ())]
@@ -392,7 +396,7 @@ class ReferenceEngine:
     ) -> torch.Tensor:
         """Recompute each token's row with the weights of the width in force for it."""
         rows, out = _rows(x), _rows(output).clone()
-        chosen = self._value(consumer, rows).round().long().view(-1)
+        chosen = torch.from_numpy(consumer.bits(self._in_force(consumer)))
         for bits in chosen.unique().tolist():
             if bits not in consumer.widths:
                 raise EngineError(
@@ -419,9 +423,12 @@ class ReferenceEngine:
 
     def _value(self, consumer: Consumer, like: torch.Tensor) -> torch.Tensor:
         """The slot's values for the running chunk, on the device and in the dtype of ``like``."""
+        return torch.from_numpy(self._in_force(consumer)).to(like.device, like.dtype)
+
+    def _in_force(self, consumer: Consumer) -> np.ndarray:
         if self._running is None:
             raise EngineError("A slot was read outside a run.")
-        return torch.from_numpy(self._running.in_force(consumer.slot)).to(like.device, like.dtype)
+        return self._running.in_force(consumer.slot)
 
 
 def _rows(x: torch.Tensor) -> torch.Tensor:
