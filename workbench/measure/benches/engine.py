@@ -93,7 +93,8 @@ def engine(context: BenchContext) -> Rows:
 
     ``speed_ratio`` (with ``speed_low`` and ``speed_high``) is a row's decoding speed over that of ``rival`` on the same
     rounds: llama.cpp where it is there, else transformers in bf16. ``bandwidth`` is what reading 1 GiB with the
-    engine's threads reaches, bytes per second, best of the run. ``trace_share`` is what timing the parts of a step takes of it. KL is against the dense model in fp32.
+    engine's threads reaches, bytes per second, best of the run. ``trace_share`` is what timing the parts of a step
+    takes of it. KL is against the dense model in fp32.
     """
     choose_engine("cpu")
     model = load(context.model, job=context.job)
