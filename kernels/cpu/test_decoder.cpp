@@ -867,6 +867,13 @@ void add_plan(Decoder& d, Random& random) {
   d.add_decider(decider(TapKind::residual, 1, ScopeKind::reply, 1, 8, norm_threshold(0.1f, 3, 4)));
   d.add_decider(decider(TapKind::residual, 1, ScopeKind::token, 1, 0, norm_threshold(3, 0, 0.3f)));
   d.add_decider(decider(TapKind::residual, 1, ScopeKind::token, 1, 1, mask(s.heads, s.hidden, 1)));
+  std::vector<float> steps(3 * static_cast<std::size_t>(s.hidden));
+  for (float& v : steps) v = std::round(20 * static_cast<float>(random.normal()));
+  d.add_decider(decider(TapKind::mlp_input, 0, ScopeKind::token, 1, 3, projection_threshold(steps, {0.1f, 0.2f, 0.1f}, 2, 3, 8)));
+  d.add_decider(decider(TapKind::mlp_inner, 1, ScopeKind::token, 1, 0, linear_levels(random.normals(static_cast<std::size_t>(s.neurons)), 0, true, {-0.5f, 0.5f})));
+  d.add_consumer(8, "width", "blocks.0.gate_up", {8, 3});
+  d.add_consumer(9, "width", "blocks.1.down", {8, 4, 2}, {2, 4, 8});
+  CHECK_THROWS(std::invalid_argument, d.add_consumer(9, "width", "blocks.0.o", {8, 4}, {2, 4, 8}));
   d.add_consumer(0, "width", "blocks.0.qkv", {8, 5, 3, 1});
   d.add_consumer(0, "width", "blocks.1.gate_up", {8, 5, 3, 1});
   d.add_consumer(1, "heads", "blocks.0", {});
@@ -952,13 +959,17 @@ void plan_misuse() {
   CHECK_THROWS(std::invalid_argument, position_table({1}, {1}));
   CHECK_THROWS(std::invalid_argument, position_table({0, 2, 1}, {1, 2, 3}));
   CHECK_THROWS(std::invalid_argument, projection_mask({1, 2, 3}, 2, 2, 1));
+  CHECK_THROWS(std::invalid_argument, projection_threshold({1, 2, 3}, {1, 1}, 1, 0, 1));
+  CHECK_THROWS(std::invalid_argument, projection_threshold({1, 2.5f}, {1}, 1, 0, 1));
+  CHECK_THROWS(std::invalid_argument, linear_levels({}, 0, true, {1}));
+  CHECK_THROWS(std::invalid_argument, linear_levels({1}, 0, true, {2, 1}));
   Decoder d(spec_of(Family::llama, {}));
   CHECK_THROWS(std::invalid_argument, d.add_decider(decider(TapKind::residual, 7, ScopeKind::token, 1, 0, norm_threshold(1, 0, 1))));
   CHECK_THROWS(std::invalid_argument, d.add_decider(decider(TapKind::residual, 0, ScopeKind::every, 0, 0, norm_threshold(1, 0, 1))));
   // A tap full of NaN still gives a mask of the right size.
   const auto program = projection_mask(std::vector<float>(40 * 8, 1.0f), 40, 8, 10);
   std::vector<float> tap(8, std::numeric_limits<float>::quiet_NaN()), mask(40);
-  program->run(tap.data(), 8, 0, mask.data());
+  program->run(kernels(Isa::portable), tap.data(), 8, 0, mask.data());
   CHECK(std::count(mask.begin(), mask.end(), 1.0f) == 10);
 }
 

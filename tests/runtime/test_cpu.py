@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from workbench.apply.compress import compress
+from workbench.apply.nested import NestedConfig
 from workbench.apply.recipe import Recipe
 from workbench.apply.rtn import RtnConfig
 from workbench.errors import Cancelled, EngineError, InputError
@@ -35,11 +36,13 @@ from workbench.runtime.plan import (
     Consumer,
     Decider,
     InputTransform,
+    LinearLevels,
     NormThreshold,
     Plan,
     Policy,
     PositionTable,
     ProjectionMask,
+    ProjectionThreshold,
     Scope,
     Tap,
 )
@@ -237,6 +240,63 @@ def test_replay_and_policy_replace_decisions(tiny_model: LoadedModel) -> None:
     np.testing.assert_allclose(stepwise(engine, TEXT[:40], 10)[0], plain, atol=1e-5)
     with pytest.raises(EngineError, match="no slot"):
         engine.set_policy(Policy({"head": 1.0}))
+
+
+def width_decisions(widths: tuple[int, ...] = (3, 5, 8)) -> Plan:
+    """A projection of what each part of the MLP reads, and levels that move several units at once."""
+    random = np.random.default_rng(4)
+
+    def projection(width: int, threshold: float) -> ProjectionThreshold:
+        matrix = random.integers(-127, 128, (5, width)).astype(np.int8)
+        return ProjectionThreshold(matrix, np.full(5, 0.01, np.float32), threshold, widths[0], widths[1])
+
+    weights = random.standard_normal(48).astype(np.float32)
+    return Plan(
+        deciders=(
+            Decider("gate_up", Tap("mlp_input", 1), projection(48, 9.0), Scope("token"), default=widths[0]),
+            Decider("down", Tap("mlp_inner", 1), projection(96, 8), Scope("token"), default=widths[0]),
+            Decider("level", Tap("residual", 1), LinearLevels(weights, 0.3, (-2.0, 3.0)), Scope("token")),
+        ),
+        consumers=(
+            Consumer("gate_up", "width", "blocks.1.gate_up", widths),
+            Consumer("down", "width", "blocks.1.down", widths),
+            Consumer("level", "width", "blocks.1.o", widths, (3, 3, 8)),
+            Consumer("level", "width", "blocks.2.qkv", widths, (8, 5, 3)),
+        ),
+    )
+
+
+def test_widths_chosen_per_token_act_as_in_the_reference(tiny_model: LoadedModel) -> None:
+    compressed = compress(tiny_model, Recipe.for_model(tiny_model, NestedConfig(bits=8, group_size=16)))
+    plan = width_decisions()
+    reference = open_engine(compressed, engine="reference", plan=plan)
+    engine = CpuEngine(compressed, plan, threads=2, activation_mode="fp32")
+    expected, its_trace = stepwise(reference, TEXT[:60], 17)
+    found, trace = stepwise(engine, TEXT[:60], 17)
+    decisions = [s.decisions for s in trace.trace]
+    for slot in plan.slots:
+        assert len({d[slot] for d in decisions}) > 1, slot  # both ways were taken
+    assert {d["level"] for d in decisions} == {0.0, 1.0, 2.0}
+    assert decisions == [s.decisions for s in its_trace.trace]
+    np.testing.assert_allclose(found, expected, atol=TOLERANCE * np.abs(expected).max())
+    read = np.array([s.read_bytes for s in trace.trace])
+    wide = np.array([sum(d[slot] for slot in ("gate_up", "down")) for d in decisions])
+    assert read[wide == wide.max()].mean() > read[wide == wide.min()].mean()
+    scored: list[Any] = []
+    engine.score(TEXT[:60], prompt_length=17, trace=scored)
+    assert [s.decisions for s in scored[:59]] == decisions
+
+
+def test_a_level_that_is_not_there_is_an_error(tiny_model: LoadedModel) -> None:
+    compressed = compress(tiny_model, Recipe.for_model(tiny_model, NestedConfig(bits=8, group_size=16)))
+    for open_it in (CpuEngine, lambda c, p: open_engine(c, engine="reference", plan=p)):
+        engine = open_it(compressed, width_decisions())
+        engine.set_policy(Policy({"level": 3.0}))
+        with pytest.raises(EngineError, match="bits"):
+            engine.score(TEXT[:20])
+    plan = width_decisions()
+    with pytest.raises(EngineError, match="not all among its widths"):
+        Plan(plan.deciders, (Consumer("level", "width", "blocks.1.o", (3, 8), (3, 4)),)).check()
 
 
 def test_transforms_act_in_order(tiny_model: LoadedModel) -> None:
