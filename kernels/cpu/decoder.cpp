@@ -956,7 +956,8 @@ void Decoder::Pass::block(int index, int t) {
   }
 
   // MLP.
-  const bool runs_mlp = n > 1 || tapped || !skipped(0, 2.0f);
+  const bool always_mlp = b.decides(TapKind::mlp_input) || b.decides(TapKind::mlp_inner) || tapped;
+  const bool runs_mlp = n > 1 || always_mlp || !skipped(0, 2.0f);
   const float* neuron_mask = single && b.neurons_slot >= 0 ? slots.data() + b.neurons_slot : nullptr;
   if (runs_mlp) {
     if (b.decides(TapKind::mlp_input)) {
