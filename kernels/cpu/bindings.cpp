@@ -51,8 +51,17 @@ void shape(const char* what, std::size_t have_rows, std::size_t have, std::size_
   if (have_rows != rows || have != columns) throw std::invalid_argument(std::string(what) + " do not fit the codes' shape.");
 }
 
+// A width of planes: its bits, scales (out, groups) and packed zero points.
+using Width = std::tuple<int, Halves2, Bytes2>;
+
+void check_width(const wb::Matrix& m, int bits, const Halves2& scales, const Bytes2& zeros) {
+  const auto out = static_cast<std::size_t>(m.out), groups = static_cast<std::size_t>(m.grouping.n_groups);
+  shape("scales", scales.shape(0), scales.shape(1), out, groups);
+  shape("zero points", zeros.shape(0), zeros.shape(1), out, (groups * static_cast<std::size_t>(std::max(bits, 0)) + 7) / 8);
+}
+
 wb::GroupSource group_source(Bytes2 packed, int in, int bits, int group, std::optional<Halves2> scales16, std::optional<Floats2> scales32,
-                             std::optional<Bytes2> zeros, std::optional<Halves2> minima16, std::optional<Floats2> minima32, bool planes, bool nested, int block = wb::kBlock) {
+                             std::optional<Bytes2> zeros, std::optional<Halves2> minima16, std::optional<Floats2> minima32, bool planes, bool has_widths, int block = wb::kBlock) {
   if (bits < 2 || bits > 8 || group < 1 || in < 1) throw std::invalid_argument("Codes need 2 to 8 bits, a group size and inputs.");
   const std::size_t out = packed.shape(0), groups = (static_cast<std::size_t>(in) + std::min(group, in) - 1) / static_cast<std::size_t>(std::min(group, in));
   shape("codes", out, packed.shape(1), out, (static_cast<std::size_t>(in) * static_cast<std::size_t>(bits) + 7) / 8);
@@ -63,12 +72,12 @@ wb::GroupSource group_source(Bytes2 packed, int in, int bits, int group, std::op
   source.group = group;
   source.planes = planes;
   source.block = block;
-  source.nested = nested;
-  if (scales16.has_value() == scales32.has_value()) throw std::invalid_argument("Scales are needed once, as fp16 or fp32.");
+  if (has_widths ? scales16 || scales32 || zeros || minima16 || minima32 : scales16.has_value() == scales32.has_value())
+    throw std::invalid_argument("Scales are needed once, as fp16 or fp32.");
   if (scales16) {
     shape("scales", scales16->shape(0), scales16->shape(1), out, groups);
     source.scales16 = scales16->data();
-  } else {
+  } else if (scales32) {
     shape("scales", scales32->shape(0), scales32->shape(1), out, groups);
     source.scales32 = scales32->data();
   }
@@ -261,11 +270,15 @@ NB_MODULE(_cpu, m) {
   m.def(
       "group_product",
       [](Bytes2 packed, int in, int bits, int group, std::optional<Halves2> scales16, std::optional<Floats2> scales32, std::optional<Bytes2> zeros,
-         std::optional<Halves2> minima16, std::optional<Floats2> minima32, bool planes, bool nested, Floats2 x, int read_bits, bool exact,
+         std::optional<Halves2> minima16, std::optional<Floats2> minima32, bool planes, std::vector<Width> widths, Floats2 x, int read_bits, bool exact,
          const std::string& isa) {
         wb::Arena arena;
-        const auto source = group_source(packed, in, bits, group, scales16, scales32, zeros, minima16, minima32, planes, nested);
-        const wb::Matrix w = wb::make_groups(arena, checked(packed.shape(0)), in, source);
+        const auto source = group_source(packed, in, bits, group, scales16, scales32, zeros, minima16, minima32, planes, !widths.empty());
+        wb::Matrix w = wb::make_groups(arena, checked(packed.shape(0)), in, source);
+        for (const auto& [at, scales, points] : widths) {
+          check_width(w, at, scales, points);
+          wb::add_width(arena, w, at, scales.data(), points.data(), points.shape(1));
+        }
         const auto& k = wb::kernels(wb::choose_isa(isa));
         const std::size_t n = x.shape(0);
         const auto& at = w.grouping;
@@ -293,7 +306,7 @@ NB_MODULE(_cpu, m) {
         return new_array({n, packed.shape(0)}, result.data());
       },
       "packed"_a, "inputs"_a, "bits"_a, "group_size"_a, "scales16"_a.none(), "scales32"_a.none(), "zeros"_a.none(), "minima16"_a.none(),
-      "minima32"_a.none(), "planes"_a, "nested"_a, "x"_a, "read_bits"_a, "exact"_a, "isa"_a);
+      "minima32"_a.none(), "planes"_a, "widths"_a, "x"_a, "read_bits"_a, "exact"_a, "isa"_a);
 
   nb::class_<Sequence>(m, "Sequence")
       .def("__init__", [](Sequence* self, Engine& engine) { new (self) Sequence(engine.decoder); }, "engine"_a, nb::keep_alive<1, 2>())
@@ -341,12 +354,16 @@ NB_MODULE(_cpu, m) {
           "set_groups",
           [](Engine& e, const std::string& name, Bytes2 packed, int in, int bits, int group, std::optional<Halves2> scales16,
              std::optional<Floats2> scales32, std::optional<Bytes2> zeros, std::optional<Halves2> minima16, std::optional<Floats2> minima32,
-             bool planes, bool nested, int block) {
+             bool planes, std::vector<Width> widths, int block) {
             e.decoder.set_groups(name, checked(packed.shape(0)), in,
-                                 group_source(packed, in, bits, group, scales16, scales32, zeros, minima16, minima32, planes, nested, block));
+                                 group_source(packed, in, bits, group, scales16, scales32, zeros, minima16, minima32, planes, !widths.empty(), block));
+            for (const auto& [at, scales, points] : widths) {
+              check_width(e.decoder.matrix(name), at, scales, points);
+              e.decoder.add_width(name, at, scales.data(), points.data(), points.shape(1));
+            }
           },
           "name"_a, "packed"_a, "inputs"_a, "bits"_a, "group_size"_a, "scales16"_a.none() = nb::none(), "scales32"_a.none() = nb::none(),
-          "zeros"_a.none() = nb::none(), "minima16"_a.none() = nb::none(), "minima32"_a.none() = nb::none(), "planes"_a = false, "nested"_a = false, "block"_a = wb::kBlock)
+          "zeros"_a.none() = nb::none(), "minima16"_a.none() = nb::none(), "minima32"_a.none() = nb::none(), "planes"_a = false, "widths"_a = std::vector<Width>(), "block"_a = wb::kBlock)
       .def("set_f32", [](Engine& e, const std::string& name, Floats2 w) { e.decoder.set_f32(name, checked(w.shape(0)), checked(w.shape(1)), w.data()); })
       .def("set_bf16", [](Engine& e, const std::string& name, Halves2 w) { e.decoder.set_bf16(name, checked(w.shape(0)), checked(w.shape(1)), w.data()); })
       .def("set_vector", [](Engine& e, const std::string& name, Floats1 v) { e.decoder.set_vector(name, v.data(), v.shape(0)); })

@@ -238,6 +238,12 @@ void Decoder::set_groups(const std::string& name, int out, int in, const GroupSo
   layer.present = true;
 }
 
+void Decoder::add_width(const std::string& name, int bits, const std::uint16_t* scales16, const std::uint8_t* packed_zeros, std::size_t packed_zeros_row) {
+  wb::add_width(arena_, linear(name).w, bits, scales16, packed_zeros, packed_zeros_row);
+}
+
+const Matrix& Decoder::matrix(const std::string& name) { return linear(name).w; }
+
 void Decoder::set_f32(const std::string& name, int out, int in, const float* rows) {
   LinearLayer& layer = linear(name);
   layer.w = make_f32(arena_, out, in, rows);
@@ -324,7 +330,8 @@ void Decoder::add_consumer(int slot, const std::string& kind, const std::string&
         LinearLayer& layer = linear("blocks." + std::to_string(index) + "." + role);
         if (!layer.present) continue;
         for (const int w : widths) {
-          const bool fits = layer.w.kind == Kind::planes ? w >= 1 && w <= layer.w.bits : w == layer.w.bits;
+          const bool in_range = w >= 1 && w <= layer.w.bits, own = static_cast<bool>(layer.w.widths[static_cast<std::size_t>(layer.w.bits)]);
+          const bool fits = layer.w.kind == Kind::planes ? in_range && (!own || layer.w.widths[static_cast<std::size_t>(w)]) : w == layer.w.bits;
           if (!fits) throw std::invalid_argument(target + " has no " + std::to_string(w) + "-bit form.");
         }
         for (const int w : levels)

@@ -93,6 +93,8 @@ class Decoder {
   // hidden), "final", "final.bias", "blocks.<i>.<input|post_attention|pre_mlp|post_mlp|q_norm|k_norm>" (with ".bias") for norms,
   // and "blocks.<i>.<linear>.bias". Norms that are not set are not applied.
   void set_groups(const std::string& name, int out, int in, const GroupSource& source);
+  void add_width(const std::string& name, int bits, const std::uint16_t* scales16, const std::uint8_t* packed_zeros, std::size_t packed_zeros_row);
+  const Matrix& matrix(const std::string& name);
   void set_f32(const std::string& name, int out, int in, const float* rows);
   void set_bf16(const std::string& name, int out, int in, const std::uint16_t* rows);
   void set_vector(const std::string& name, const float* values, std::size_t n);

@@ -31,7 +31,7 @@ struct Packed {
   static constexpr bool wide = Bits == 8;
   const std::uint8_t* p;
 
-  Packed(const Matrix& w, int, int tile) : p(w.codes + static_cast<std::size_t>(tile) * w.tile_bytes) {}
+  Packed(const Matrix& w, int tile) : p(w.codes + static_cast<std::size_t>(tile) * w.tile_bytes) {}
   static float lift(const Matrix&) { return 1; }
   void skip(int chunks) { p += static_cast<std::size_t>(chunks) * step; }
   void chunk(typename V::B* v) const {
@@ -65,53 +65,56 @@ struct Packed {
   }
 };
 
-// The top planes of nested codes, each from its own array, as codes of their own width: `lift` of the parent's steps
-// make one of theirs.
-template <class V, int Planes>
-struct Nested {
-  static constexpr bool wide = Planes == 8;
+// The top N planes, each from its own array, as codes of their own width: `lift` of the parent's steps make one of theirs.
+template <class V, int N>
+struct Planes {
+  static constexpr bool wide = N == 8;
   static constexpr int step = kRows * kChunk / 8;
-  const std::uint8_t* p[Planes];
+  const std::uint8_t* p[N];
 
-  Nested(const Matrix& w, int, int tile) {
-    WB_UNROLL for (int j = 0; j < Planes; ++j)
+  Planes(const Matrix& w, int tile) {
+    WB_UNROLL for (int j = 0; j < N; ++j)
       p[j] = w.codes + w.plane_bytes * static_cast<std::size_t>(j) + static_cast<std::size_t>(tile) * w.tile_bytes;
   }
-  static float lift(const Matrix& w) { return static_cast<float>(1 << (w.bits - Planes)); }
+  static float lift(const Matrix& w) { return static_cast<float>(1 << (w.bits - N)); }
   void skip(int chunks) {
-    WB_UNROLL for (int j = 0; j < Planes; ++j) p[j] += static_cast<std::size_t>(chunks) * step;
+    WB_UNROLL for (int j = 0; j < N; ++j) p[j] += static_cast<std::size_t>(chunks) * step;
   }
   void prefetch() const {
-    WB_UNROLL for (int j = 0; j < Planes; ++j) V::prefetch(p[j] + kAhead / 4);
+    WB_UNROLL for (int j = 0; j < N; ++j) V::prefetch(p[j] + kAhead / 4);
   }
   void chunk(typename V::B* v) const {
     if constexpr (V::transposes_planes) {
-      V::template transpose_planes<Planes>(p, v);
+      V::template transpose_planes<N>(p, v);
     } else {
       WB_UNROLL for (int m = 0; m < 4; ++m) {
         v[m] = V::bzero();
-        WB_UNROLL for (int j = 0; j < Planes; ++j) v[m] = V::add_plane(v[m], p[j] + 8 * m, 1 << (Planes - 1 - j));
+        WB_UNROLL for (int j = 0; j < N; ++j) v[m] = V::add_plane(v[m], p[j] + 8 * m, 1 << (N - 1 - j));
       }
     }
   }
 };
 
-// Scale and zero point in steps of the codes as they are read. Lifts are powers of two: nothing is rounded.
-template <class V>
-typename V::F group_scale(const Matrix& w, std::size_t lane, float lift) {
-  return V::mul(w.scales16 != nullptr ? V::load_fp16(w.scales16 + lane) : V::load(w.scales32 + lane), V::set(lift));
-}
+// How a matrix's codes are read at a width: its grid, and how many of the grid's steps one of the codes' is (planes read
+// at fewer bits on the parent's grid). Lifts are powers of two: nothing is rounded.
+template <class V, class Codes>
+struct Reading {
+  const Grid& grid;
+  const float lift;
 
-template <class V>
-typename V::F group_zero(const Matrix& w, std::size_t lane, float shift, float lift) {
-  const auto zero = w.zeros != nullptr ? V::sub(V::load_u8(w.zeros + lane), V::set(shift)) : V::set(w.zero - shift);
-  return V::mul(zero, V::set(1.0f / lift));
-}
-
-// What dropped planes stood for, on average, in units of the parent's codes.
-inline float dropped_mean(const Matrix& w, int bits) {
-  return w.nested && bits > 0 ? 0.5f * static_cast<float>((1 << (w.bits - bits)) - 1) : 0.0f;
-}
+  Reading(const Matrix& w, int bits) : grid(w.grid_at(bits)), lift(&grid == &w.grid ? Codes::lift(w) : 1.0f) {}
+  typename V::F scale(std::size_t lane) const {
+    return V::mul(grid.scales16 != nullptr ? V::load_fp16(grid.scales16 + lane) : V::load(grid.scales32 + lane), V::set(lift));
+  }
+  typename V::F zero(std::size_t lane) const {
+    const auto base = V::set(grid.zero);
+    const auto zero = grid.zeros != nullptr ? V::fma(V::load_u8(grid.zeros + lane), V::set(grid.step), base) : base;
+    return V::mul(zero, V::set(1.0f / lift));
+  }
+  typename V::F minimum(std::size_t lane) const {
+    return grid.minima16 != nullptr ? V::load_fp16(grid.minima16 + lane) : V::load(grid.minima32 + lane);
+  }
+};
 
 template <class V, int N>
 void put(const Matrix& w, int tile, const typename V::F* total, float* const* y, bool add) {
@@ -181,9 +184,9 @@ void tile_int8(const Matrix& w, int bits, const Panel<N>& x, float* const* y, bo
   // One row alone would wait for each integer sum in turn; more sums hide that.
   constexpr int K = N == 1 ? 4 : N == 2 ? 2 : 1;
   const Grouping& at = w.grouping;
-  const bool minima = w.minima16 != nullptr || w.minima32 != nullptr;
-  const float shift = dropped_mean(w, bits), lift = Codes::lift(w);
-  Codes codes(w, bits, tile);
+  const Reading<V, Codes> reading(w, bits);
+  const bool minima = reading.grid.has_minima();
+  Codes codes(w, tile);
   F total[N];
   WB_UNROLL for (int n = 0; n < N; ++n) total[n] = V::zero();
   std::size_t lane = static_cast<std::size_t>(tile) * at.n_groups * kRows;
@@ -221,13 +224,13 @@ void tile_int8(const Matrix& w, int bits, const Panel<N>& x, float* const* y, bo
       }
     }
     if (!any) continue;
-    const F scale = group_scale<V>(w, lane, lift);
+    const F scale = reading.scale(lane);
     if (minima) {
-      const F minimum = w.minima16 != nullptr ? V::load_fp16(w.minima16 + lane) : V::load(w.minima32 + lane);
+      const F minimum = reading.minimum(lane);
       WB_UNROLL for (int n = 0; n < N; ++n)
         total[n] = V::fma(minimum, V::set(x.sum[N * g + n]), V::fma(scale, part[n], total[n]));
     } else {
-      const F zero = group_zero<V>(w, lane, shift, lift);
+      const F zero = reading.zero(lane);
       WB_UNROLL for (int n = 0; n < N; ++n)
         total[n] = V::fma(scale, V::fnma(zero, V::set(x.sum[N * g + n]), part[n]), total[n]);
     }
@@ -251,15 +254,15 @@ template <class V, class Codes, int N>
 void tile_f32(const Matrix& w, int bits, const Activation* x, float* const* y, bool add, int tile) {
   using F = typename V::F;
   const Grouping& at = w.grouping;
-  const bool minima = w.minima16 != nullptr || w.minima32 != nullptr;
-  const float shift = dropped_mean(w, bits), lift = Codes::lift(w);
-  Codes codes(w, bits, tile);
+  const Reading<V, Codes> reading(w, bits);
+  const bool minima = reading.grid.has_minima();
+  Codes codes(w, tile);
   F total[N];
   WB_UNROLL for (int n = 0; n < N; ++n) total[n] = V::zero();
   std::size_t lane = static_cast<std::size_t>(tile) * at.n_groups * kRows;
   int channel = 0, block = 0;
   for (int g = 0; g < at.n_groups; ++g, lane += kRows) {
-    const F zero = minima ? V::zero() : group_zero<V>(w, lane, shift, lift);
+    const F zero = minima ? V::zero() : reading.zero(lane);
     F part[N];
     WB_UNROLL for (int n = 0; n < N; ++n) part[n] = V::zero();
     for (int left = at.width(g); left > 0; left -= at.block, ++block) {
@@ -276,10 +279,10 @@ void tile_f32(const Matrix& w, int bits, const Activation* x, float* const* y, b
         codes.skip(1);
       }
     }
-    const F scale = group_scale<V>(w, lane, lift);
+    const F scale = reading.scale(lane);
     WB_UNROLL for (int n = 0; n < N; ++n) total[n] = V::fma(scale, part[n], total[n]);
     if (minima) {
-      const F minimum = w.minima16 != nullptr ? V::load_fp16(w.minima16 + lane) : V::load(w.minima32 + lane);
+      const F minimum = reading.minimum(lane);
       WB_UNROLL for (int n = 0; n < N; ++n) total[n] = V::fma(minimum, V::set(x[n].sum[g]), total[n]);
     }
   }
@@ -420,14 +423,14 @@ void dense_bf16(WB_PRODUCT_ARGUMENTS) {
       }                                                                               \
     }                                                                                 \
     switch (bits > 0 ? bits : w.bits) {                                               \
-      case 1: return ROWS<V, Nested<V, 1>>(w, bits, x, n, y, add, first, last);       \
-      case 2: return ROWS<V, Nested<V, 2>>(w, bits, x, n, y, add, first, last);       \
-      case 3: return ROWS<V, Nested<V, 3>>(w, bits, x, n, y, add, first, last);       \
-      case 4: return ROWS<V, Nested<V, 4>>(w, bits, x, n, y, add, first, last);       \
-      case 5: return ROWS<V, Nested<V, 5>>(w, bits, x, n, y, add, first, last);       \
-      case 6: return ROWS<V, Nested<V, 6>>(w, bits, x, n, y, add, first, last);       \
-      case 7: return ROWS<V, Nested<V, 7>>(w, bits, x, n, y, add, first, last);       \
-      default: return ROWS<V, Nested<V, 8>>(w, bits, x, n, y, add, first, last);      \
+      case 1: return ROWS<V, Planes<V, 1>>(w, bits, x, n, y, add, first, last);       \
+      case 2: return ROWS<V, Planes<V, 2>>(w, bits, x, n, y, add, first, last);       \
+      case 3: return ROWS<V, Planes<V, 3>>(w, bits, x, n, y, add, first, last);       \
+      case 4: return ROWS<V, Planes<V, 4>>(w, bits, x, n, y, add, first, last);       \
+      case 5: return ROWS<V, Planes<V, 5>>(w, bits, x, n, y, add, first, last);       \
+      case 6: return ROWS<V, Planes<V, 6>>(w, bits, x, n, y, add, first, last);       \
+      case 7: return ROWS<V, Planes<V, 7>>(w, bits, x, n, y, add, first, last);       \
+      default: return ROWS<V, Planes<V, 8>>(w, bits, x, n, y, add, first, last);      \
     }                                                                                 \
   }
 WB_BY_WIDTH(groups_int8, rows_int8)

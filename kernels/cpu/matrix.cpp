@@ -96,6 +96,11 @@ Grouping Grouping::of(int in, int group, int block) {
   return it;
 }
 
+std::size_t Grid::bytes_per_lane() const {
+  return (scales16 != nullptr ? 2u : 0u) + (scales32 != nullptr ? 4u : 0u) + (zeros != nullptr ? 1u : 0u) +
+         (minima16 != nullptr ? 2u : 0u) + (minima32 != nullptr ? 4u : 0u);
+}
+
 std::size_t Matrix::read_bytes(int at_bits) const {
   const std::size_t per_group = static_cast<std::size_t>(tiles) * grouping.n_groups * kRows;
   std::size_t bytes = 0;
@@ -105,11 +110,7 @@ std::size_t Matrix::read_bytes(int at_bits) const {
     case Kind::packed: bytes = tile_bytes * static_cast<std::size_t>(tiles); break;
     case Kind::planes: bytes = plane_bytes * static_cast<std::size_t>(at_bits > 0 ? at_bits : bits); break;
   }
-  if (scales16 != nullptr) bytes += 2 * per_group;
-  if (scales32 != nullptr) bytes += 4 * per_group;
-  if (zeros != nullptr) bytes += per_group;
-  if (minima16 != nullptr) bytes += 2 * per_group;
-  if (minima32 != nullptr) bytes += 4 * per_group;
+  bytes += per_group * grid_at(at_bits).bytes_per_lane();
   if (bias != nullptr) bytes += 4 * static_cast<std::size_t>(tiles) * kRows;
   return bytes;
 }
@@ -117,13 +118,11 @@ std::size_t Matrix::read_bytes(int at_bits) const {
 Matrix make_groups(Arena& arena, int out, int in, const GroupSource& source) {
   const int bits = source.bits;
   if (bits < 2 || bits > 8) throw std::invalid_argument("Group codes have 2 to 8 bits.");
-  if (source.nested && (source.minima16 != nullptr || source.minima32 != nullptr)) throw std::invalid_argument("Nested codes have zero points, no minima.");
   if (source.group < 1) throw std::invalid_argument("A group has at least one channel.");
   if (source.block < kChunk || source.block > kBlock || source.block % kChunk != 0)
     throw std::invalid_argument("A block of activations is 16, 32, 48 or 64 channels.");
   Matrix m = sized(source.planes ? Kind::planes : Kind::packed, out, in);
   m.bits = bits;
-  m.nested = source.nested;
   m.grouping = Grouping::of(in, source.group, source.block);
   const Grouping& at = m.grouping;
   const std::size_t chunks = static_cast<std::size_t>(at.padded) / kChunk;
@@ -154,21 +153,33 @@ Matrix make_groups(Arena& arena, int out, int in, const GroupSource& source) {
   }
   m.codes = codes;
   const auto index = [&](int row, int g) { return static_cast<std::size_t>(row) * at.n_groups + g; };
-  if (source.scales16 != nullptr) m.scales16 = lanes<std::uint16_t>(arena, m, [&](int r, int g) { return source.scales16[index(r, g)]; });
-  if (source.scales32 != nullptr) m.scales32 = lanes<float>(arena, m, [&](int r, int g) { return source.scales32[index(r, g)]; });
-  if (source.minima16 != nullptr) m.minima16 = lanes<std::uint16_t>(arena, m, [&](int r, int g) { return source.minima16[index(r, g)]; });
-  if (source.minima32 != nullptr) m.minima32 = lanes<float>(arena, m, [&](int r, int g) { return source.minima32[index(r, g)]; });
+  if (source.scales16 != nullptr) m.grid.scales16 = lanes<std::uint16_t>(arena, m, [&](int r, int g) { return source.scales16[index(r, g)]; });
+  if (source.scales32 != nullptr) m.grid.scales32 = lanes<float>(arena, m, [&](int r, int g) { return source.scales32[index(r, g)]; });
+  if (source.minima16 != nullptr) m.grid.minima16 = lanes<std::uint16_t>(arena, m, [&](int r, int g) { return source.minima16[index(r, g)]; });
+  if (source.minima32 != nullptr) m.grid.minima32 = lanes<float>(arena, m, [&](int r, int g) { return source.minima32[index(r, g)]; });
   if (source.zeros != nullptr) {
-    m.zeros = lanes<std::uint8_t>(arena, m, [&](int r, int g) { return source.zeros[index(r, g)]; });
+    m.grid.zeros = lanes<std::uint8_t>(arena, m, [&](int r, int g) { return source.zeros[index(r, g)]; });
   } else if (source.packed_zeros != nullptr) {
-    m.zeros = lanes<std::uint8_t>(arena, m, [&](int r, int g) {
+    m.grid.zeros = lanes<std::uint8_t>(arena, m, [&](int r, int g) {
       return static_cast<std::uint8_t>(bits_at(source.packed_zeros + static_cast<std::size_t>(r) * source.packed_zeros_row,
                                                static_cast<std::size_t>(g), bits));
     });
   } else if (source.minima16 == nullptr && source.minima32 == nullptr) {
-    m.zero = static_cast<float>(1 << (bits - 1));
+    m.grid.zero = static_cast<float>(1 << (bits - 1));
   }
   return m;
+}
+
+void add_width(Arena& arena, Matrix& m, int bits, const std::uint16_t* scales16, const std::uint8_t* packed_zeros, std::size_t packed_zeros_row) {
+  if (m.kind != Kind::planes || bits < 1 || bits > m.bits) throw std::invalid_argument("A width of its own needs planes, and at most as many bits as they have.");
+  Grid& grid = m.widths[static_cast<std::size_t>(bits)];
+  grid.scales16 = lanes<std::uint16_t>(arena, m, [&](int r, int g) { return scales16[static_cast<std::size_t>(r) * m.grouping.n_groups + g]; });
+  grid.zeros = lanes<std::uint8_t>(arena, m, [&](int r, int g) {
+    return static_cast<std::uint8_t>(bits_at(packed_zeros + static_cast<std::size_t>(r) * packed_zeros_row, static_cast<std::size_t>(g), bits));
+  });
+  grid.step = 0.5f;
+  grid.zero = 0.5f * static_cast<float>((1 << (bits - 1)) - 1);
+  if (bits == m.bits) m.grid = grid;
 }
 
 Matrix make_f32(Arena& arena, int out, int in, const float* rows) {
@@ -215,10 +226,10 @@ void read_row(const Matrix& m, int row, float* to) {
   const Grouping& at = m.grouping;
   for (int g = 0; g < at.n_groups; ++g) {
     const std::size_t lane = (tile * at.n_groups + g) * kRows + r;
-    const float scale = m.scales16 != nullptr ? fp16_to_float(m.scales16[lane]) : m.scales32[lane];
-    const float zero = m.zeros != nullptr ? static_cast<float>(m.zeros[lane]) : m.zero;
-    const float minimum = m.minima16 != nullptr ? fp16_to_float(m.minima16[lane])
-                                                : m.minima32 != nullptr ? m.minima32[lane] : 0.0f;
+    const float scale = m.grid.scales16 != nullptr ? fp16_to_float(m.grid.scales16[lane]) : m.grid.scales32[lane];
+    const float zero = m.grid.zero + (m.grid.zeros != nullptr ? m.grid.step * static_cast<float>(m.grid.zeros[lane]) : 0.0f);
+    const float minimum = m.grid.minima16 != nullptr ? fp16_to_float(m.grid.minima16[lane])
+                                                     : m.grid.minima32 != nullptr ? m.grid.minima32[lane] : 0.0f;
     for (int c = 0; c < at.channels(g); ++c) {
       const int place = g * at.stride + c, chunk = place / kChunk, within = place % kChunk;
       unsigned code = 0;

@@ -13,6 +13,7 @@
 // an array of its own, the most significant first, so that b bits are read by reading b arrays and nothing else.
 #pragma once
 
+#include <array>
 #include <cstdint>
 #include <memory>
 #include <vector>
@@ -45,24 +46,38 @@ struct Grouping {
   bool operator==(const Grouping& other) const { return in == other.in && group == other.group && block == other.block; }
 };
 
+// What codes stand for: (code - zero) * scale, or code * scale + minimum.
+struct Grid {
+  const std::uint16_t* scales16 = nullptr;  // fp16 [tile][group][16], or
+  const float* scales32 = nullptr;          // fp32
+  const std::uint8_t* zeros = nullptr;      // [tile][group][16]: zero points are zero + step * zeros; null: zero everywhere
+  float zero = 0, step = 1;
+  const float* minima32 = nullptr;          // fp32, or
+  const std::uint16_t* minima16 = nullptr;  // fp16, in place of zero points
+
+  explicit operator bool() const { return scales16 != nullptr || scales32 != nullptr; }
+  bool has_minima() const { return minima16 != nullptr || minima32 != nullptr; }
+  std::size_t bytes_per_lane() const;       // of a group of one row
+};
+
 struct Matrix {
   Kind kind = Kind::f32;
   int out = 0, in = 0;
   int tiles = 0;
   int bits = 0;                          // of the stored codes
-  bool nested = false;                   // planes whose dropped bits are replaced by their mean
   Grouping grouping;
   const std::uint8_t* codes = nullptr;
   std::size_t tile_bytes = 0;            // of one plane where there are planes
   std::size_t plane_bytes = 0;
-  const std::uint16_t* scales16 = nullptr;  // fp16 [tile][group][16], or
-  const float* scales32 = nullptr;          // fp32
-  const std::uint8_t* zeros = nullptr;      // integer zero points [tile][group][16], or
-  const float* minima32 = nullptr;          // what is added to scale * code, fp32, or
-  const std::uint16_t* minima16 = nullptr;  // fp16, or
-  float zero = 0;                           // the same zero point everywhere
+  Grid grid;                             // of the codes as stored
+  std::array<Grid, kMaxPlanes + 1> widths;  // of planes read at fewer bits; without scales where there is none of its own
   const float* bias = nullptr;              // fp32, padded to whole tiles
 
+  // The grid that codes of that width are read on.
+  const Grid& grid_at(int at_bits) const {
+    const Grid& own = widths[static_cast<std::size_t>(at_bits)];
+    return own ? own : grid;
+  }
   // Bytes that a product reads of all tiles at a width (0: as stored).
   std::size_t read_bytes(int at_bits = 0) const;
 };
@@ -90,10 +105,13 @@ struct GroupSource {
   const std::uint16_t* minima16 = nullptr;
   const float* minima32 = nullptr;
   int bits = 0, group = 0, block = kBlock;
-  bool planes = false, nested = false;
+  bool planes = false;
 };
 
 Matrix make_groups(Arena& arena, int out, int in, const GroupSource& source);
+// Give planes a grid of their own at a width: scales fp16 (out, groups), and zero points (k + 2^(bits-1) - 1) / 2 from
+// k (out, groups), packed as little-endian streams of `bits` bits, one per row.
+void add_width(Arena& arena, Matrix& m, int bits, const std::uint16_t* scales16, const std::uint8_t* packed_zeros, std::size_t packed_zeros_row);
 Matrix make_f32(Arena& arena, int out, int in, const float* rows);
 Matrix make_bf16(Arena& arena, int out, int in, const std::uint16_t* rows);
 

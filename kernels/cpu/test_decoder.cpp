@@ -83,7 +83,9 @@ double distance(const std::vector<float>& a, const std::vector<float>& b) {
 // Random codes of a matrix, in all the forms in which they may be handed over.
 struct Codes {
   int out, in, bits, group, n_groups;
-  bool planes = false, nested = false;
+  bool planes = false, nested = false;  // nested: each width has a grid of its own
+  std::vector<std::vector<std::uint8_t>> own_zeros{9}, own_packed{9};
+  std::vector<std::vector<std::uint16_t>> own_scales{9};
   std::vector<std::uint8_t> codes, packed, zeros, packed_zeros;
   std::vector<std::uint16_t> scales16, minima16;
   std::vector<float> scales32, minima32;
@@ -116,7 +118,31 @@ struct Codes {
     }
   }
 
-  std::vector<std::uint8_t> stream(const std::vector<std::uint8_t>& values, int rows, int columns) const {
+  // Grids for every width up to the parent's, with zero points anywhere or in the middle.
+  void nest(Random& random, float scale, bool centred) {
+    planes = nested = true;
+    zero = Zero::symmetric;
+    scales16.clear(), scales32.clear(), zeros.clear(), minima16.clear(), minima32.clear();
+    for (int b = 1; b <= bits; ++b) {
+      const auto at = static_cast<std::size_t>(b);
+      for (std::size_t i = 0; i < static_cast<std::size_t>(out) * n_groups; ++i) {
+        own_zeros[at].push_back(static_cast<std::uint8_t>(centred ? 1 << (b - 1) : random.below(1 << b)));
+        own_scales[at].push_back(float_to_fp16(scale * (0.5f + random.uniform()) / static_cast<float>(1 << b)));
+      }
+      own_packed[at] = stream(own_zeros[at], out, n_groups, b);
+    }
+  }
+  Matrix matrix(Arena& arena) const {
+    Matrix m = make_groups(arena, out, in, source());
+    for (int b = 1; nested && b <= bits; ++b) {
+      const auto& packed_zero = own_packed[static_cast<std::size_t>(b)];
+      add_width(arena, m, b, own_scales[static_cast<std::size_t>(b)].data(), packed_zero.data(), packed_zero.size() / static_cast<std::size_t>(out));
+    }
+    return m;
+  }
+
+  std::vector<std::uint8_t> stream(const std::vector<std::uint8_t>& values, int rows, int columns) const { return stream(values, rows, columns, bits); }
+  static std::vector<std::uint8_t> stream(const std::vector<std::uint8_t>& values, int rows, int columns, int bits) {
     const std::size_t row_bytes = (static_cast<std::size_t>(columns) * bits + 7) / 8;
     std::vector<std::uint8_t> to(row_bytes * rows);
     for (int r = 0; r < rows; ++r)
@@ -130,7 +156,7 @@ struct Codes {
 
   GroupSource source() const {
     GroupSource s;
-    s.bits = bits, s.group = group, s.planes = planes, s.nested = nested;
+    s.bits = bits, s.group = group, s.planes = planes;
     if (as_stream) {
       s.packed = packed.data();
       s.packed_row = packed.size() / out;
@@ -140,7 +166,7 @@ struct Codes {
       if (zero == Zero::points) s.zeros = zeros.data();
     }
     if (!scales16.empty()) s.scales16 = scales16.data();
-    else s.scales32 = scales32.data();
+    else if (!scales32.empty()) s.scales32 = scales32.data();
     if (zero == Zero::minima16) s.minima16 = minima16.data();
     if (zero == Zero::minima32) s.minima32 = minima32.data();
     return s;
@@ -148,10 +174,14 @@ struct Codes {
 
   double weight(int row, int c, int read) const {
     const std::size_t t = static_cast<std::size_t>(row) * n_groups + c / std::min(group, in);
+    if (nested) {
+      const int b = read > 0 ? read : bits, code = codes[static_cast<std::size_t>(row) * in + c] >> (bits - b);
+      const auto at = static_cast<std::size_t>(b);
+      return (code - (own_zeros[at][t] + (1 << (b - 1)) - 1) / 2.0) * static_cast<double>(fp16_to_float(own_scales[at][t]));
+    }
     const double scale = scales16.empty() ? scales32[t] : fp16_to_float(scales16[t]);
     const int dropped = read > 0 ? bits - read : 0;
-    double code = codes[static_cast<std::size_t>(row) * in + c] >> dropped << dropped;
-    if (nested) code += 0.5 * ((1 << dropped) - 1);
+    const double code = codes[static_cast<std::size_t>(row) * in + c] >> dropped << dropped;
     switch (zero) {
       case Zero::symmetric: return (code - (1 << (bits - 1))) * scale;
       case Zero::points: return (code - zeros[t]) * scale;
@@ -212,14 +242,10 @@ void group_products(bool quick) {
           const bool whole = random.below(3) == 0 && form != 0 && (form < 0 || form == bits);
           Codes c(random, out, in, bits, group, whole);
           c.planes = form >= -1;
-          c.nested = form >= 0;
-          if (c.nested && (c.zero == Codes::Zero::minima16 || c.zero == Codes::Zero::minima32)) {
-            c.zero = Codes::Zero::symmetric;
-            c.minima16.clear(), c.minima32.clear();
-          }
+          if (form >= 0 && !whole) c.nest(random, 2.0f, false);
           const int read = std::max(form, 0);
           Arena arena;
-          Matrix w = make_groups(arena, out, in, c.source());
+          Matrix w = c.matrix(arena);
           std::vector<float> bias;
           if (!whole && random.below(2) != 0) {
             bias = random.normals(static_cast<std::size_t>(w.tiles) * kRows);
@@ -573,12 +599,16 @@ void set_matrix(Decoder& d, Random& random, const std::string& name, int out, in
     static const int widths[] = {4, 8, 3, 5, 6, 2, 7, 8}, groups[] = {16, 32, 8, 100, 64, 16, 32, 8};
     Codes c(random, out, in, form == 7 ? 8 : widths[form], groups[form]);
     c.planes = form % 2 != 0;
-    c.nested = form == 7;
     c.zero = Codes::Zero::symmetric;
     c.minima16.clear(), c.minima32.clear(), c.zeros.clear(), c.scales16.clear();
     c.scales32.assign(static_cast<std::size_t>(out) * c.n_groups, size * 3.5f / static_cast<float>(1 << c.bits));
     if (poisoned) c.scales32[c.scales32.size() / 2] = nan;
+    if (form == 7 && !poisoned) c.nest(random, 3.5f * size, true);
     d.set_groups(name, out, in, c.source());
+    for (int b = 1; c.nested && b <= c.bits; ++b) {
+      const auto& zeros = c.own_packed[static_cast<std::size_t>(b)];
+      d.add_width(name, b, c.own_scales[static_cast<std::size_t>(b)].data(), zeros.data(), zeros.size() / static_cast<std::size_t>(out));
+    }
     return;
   }
   auto values = random.normals(static_cast<std::size_t>(out) * in, size);

@@ -13,9 +13,10 @@ from gguf import GGMLQuantizationType as Kind
 from workbench.apply.compress import compress
 from workbench.apply.gguf import GgufConfig, encoding
 from workbench.apply.nested import NestedConfig
+from workbench.apply.nested_fit import round_matrix
 from workbench.apply.recipe import Recipe
 from workbench.errors import EngineError, RecipeError
-from workbench.formats.codes import dequantize, pack, quantize_groups
+from workbench.formats.codes import pack
 from workbench.formats.encodings import from_parts
 from workbench.formats.nested import Nested
 from workbench.formats.rebuild import to_model
@@ -63,9 +64,7 @@ def test_kernels_take_float_scales_and_minima_of_small_groups(isa: str, exact: b
     for low in (minima, None):
         shifted = codes.astype(np.float64) - (0 if low is not None else 32)
         weights = shifted * np.repeat(scales, 16, axis=1) + (np.repeat(low, 16, axis=1) if low is not None else 0)
-        found = kernels().group_product(
-            packed, 96, 6, 16, None, scales, None, None, low, False, False, x, 0, exact, isa
-        )
+        found = kernels().group_product(packed, 96, 6, 16, None, scales, None, None, low, False, [], x, 0, exact, isa)
         np.testing.assert_allclose(found, x @ weights.T, atol=(1e-5 if exact else 0.02) * np.abs(x @ weights.T).max())
 
 
@@ -88,19 +87,17 @@ def test_a_model_that_was_no_gguf_file_has_no_codes_to_keep(tiny_model: LoadedMo
         compress(tiny_model, Recipe.for_model(tiny_model, GgufConfig()))
 
 
-@pytest.mark.parametrize("symmetric", [False, True])
-def test_nested_widths_narrow_down_on_the_parent(symmetric: bool) -> None:
+def test_nested_widths_narrow_down_on_the_weights() -> None:
     weight = torch.randn(40, 130, generator=torch.Generator().manual_seed(1))
-    codes = quantize_groups(weight, 8, 64, symmetric)
-    nested = Nested.of_codes(codes)
-    assert torch.equal(nested.dequantize(), dequantize(codes))
+    nested = Nested.of(round_matrix(weight, (2, 3, 4, 5, 6, 7, 8), 64))
     errors = [float((nested.dequantize(bits) - weight).square().mean()) for bits in nested.widths]
     assert errors == sorted(errors, reverse=True)
+    assert torch.equal(nested.dequantize(), nested.dequantize(8))
     biases = [float((nested.dequantize(bits) - weight).mean().abs()) for bits in (3, 4, 5)]
     assert max(biases) < 0.02
     reads = [nested.read_bits(bits) for bits in nested.widths]
     assert [b - a for a, b in itertools.pairwise(reads)] == pytest.approx([40 * 130] * 6, rel=0.05)
-    with pytest.raises(EngineError, match="nested from 2 to 8"):
+    with pytest.raises(EngineError, match="may be read at 2, 3"):
         nested.dequantize(9)
     again = from_parts("nested", nested.meta(), nested.tensors())
     assert torch.equal(again.dequantize(3), nested.dequantize(3))
@@ -108,7 +105,8 @@ def test_nested_widths_narrow_down_on_the_parent(symmetric: bool) -> None:
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
 def test_one_nested_model_runs_at_every_width(tiny_model: LoadedModel, bits: int) -> None:
-    model = compress(tiny_model, Recipe.for_model(tiny_model, NestedConfig(group_size=16)))
+    config = NestedConfig(widths=(2, 3, 4, 5, 6, 8), group_size=16, fit="rounded")
+    model = compress(tiny_model, Recipe.for_model(tiny_model, config))
     plan = width_plan(model.architecture, (2, 3, 4, 5, 6, 8), 8)
     text = list(range(60))
     reference = ReferenceEngine(to_model(model), plan, CompressedWeights(model))

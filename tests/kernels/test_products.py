@@ -11,25 +11,26 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from workbench.formats.codes import GroupCodes, pack, quantize_groups
+from workbench.formats.nested import NestedCodes
 from workbench.runtime.cpu_build import kernels
 
 ISAS = kernels().isas()
 
 
 def product(codes: GroupCodes, x: np.ndarray, **options: Any) -> np.ndarray:
-    settings_of = {"planes": False, "nested": False, "read_bits": 0, "exact": True, "isa": "auto", **options}
+    settings_of = {"planes": False, "widths": [], "read_bits": 0, "exact": True, "isa": "auto", **options}
     return kernels().group_product(
         pack(codes.codes, codes.bits).numpy(),
         codes.codes.shape[1],
         codes.bits,
         codes.group_size,
-        codes.scales.view(torch.uint16).numpy(),
+        None if settings_of["widths"] else codes.scales.view(torch.uint16).numpy(),
         None,
-        None if codes.zeros is None else pack(codes.zeros, codes.bits).numpy(),
+        None if codes.zeros is None or settings_of["widths"] else pack(codes.zeros, codes.bits).numpy(),
         None,
         None,
         settings_of["planes"],
-        settings_of["nested"],
+        settings_of["widths"],
         x,
         settings_of["read_bits"],
         settings_of["exact"],
@@ -37,12 +38,9 @@ def product(codes: GroupCodes, x: np.ndarray, **options: Any) -> np.ndarray:
     )
 
 
-def weights(codes: GroupCodes, bits: int | None = None) -> np.ndarray:
-    """What the codes stand for, float64; the top ``bits`` with the mean of what they leave out."""
+def weights(codes: GroupCodes) -> np.ndarray:
+    """What the codes stand for, float64."""
     values = codes.codes.numpy().astype(np.float64)
-    if bits is not None:
-        step = 2 ** (codes.bits - bits)
-        values = values // step * step + (step - 1) / 2
     out, width = values.shape
     group = np.arange(width) // codes.group_size
     zero = np.full((out, width), 2.0 ** (codes.bits - 1))
@@ -105,12 +103,20 @@ def test_int8_activations_are_exact_products_of_what_they_round_to(isa: str, pla
 
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("exact", [True, False])
-@pytest.mark.parametrize("bits", range(1, 9))
-def test_top_planes_are_the_fewer_bits(isa: str, exact: bool, bits: int) -> None:
-    codes, x = case(3, 50, 200, 3, 8, 64, False)
-    expected = (x if exact else rounded(x, 64)).astype(np.float64) @ weights(codes, bits).T
-    found = product(codes, x, planes=True, nested=True, read_bits=bits, exact=exact, isa=isa)
-    np.testing.assert_allclose(found, expected, atol=2e-5 * np.abs(expected).max())
+@pytest.mark.parametrize("parent", [8, 6, 3])
+def test_top_planes_are_the_fewer_bits_on_a_grid_of_their_own(isa: str, exact: bool, parent: int) -> None:
+    codes, x = case(3, 50, 200, 15, parent, 64, False)
+    generator = torch.Generator().manual_seed(9)
+    widths = range(2, parent + 1)
+    scales = {b: (torch.rand(50, 4, generator=generator) * 0.1 + 0.01).half() for b in widths}
+    zeros = {b: torch.randint(0, 2**b, (50, 4), generator=generator).to(torch.uint8) for b in widths}
+    nested = NestedCodes(codes.codes, scales, zeros, 64)
+    stored = [(b, scales[b].view(torch.uint16).numpy(), pack(zeros[b], b).numpy()) for b in widths]
+    inputs = (x if exact else rounded(x, 64)).astype(np.float64)
+    for bits in (*widths, 0):
+        expected = inputs @ nested.dequantize(bits or parent).double().numpy().T
+        found = product(codes, x, planes=True, widths=stored, read_bits=bits, exact=exact, isa=isa)
+        np.testing.assert_allclose(found, expected, atol=2e-5 * np.abs(expected).max())
 
 
 @pytest.mark.parametrize("exact", [True, False])

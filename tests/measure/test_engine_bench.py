@@ -41,7 +41,9 @@ def test_all_rows_of_a_quick_run_are_measured(rows: list[dict[str, Any]]) -> Non
 def test_more_planes_are_more_bytes_and_less_damage(rows: list[dict[str, Any]]) -> None:
     nested = [r for r in rows if r["method"] == "nested"]
     assert nested[0]["bytes_per_token"] < nested[1]["bytes_per_token"] < nested[2]["bytes_per_token"]
-    assert nested[0]["read_bits"] < nested[1]["read_bits"] < nested[2]["read_bits"] == nested[2]["effective_bits"]
+    assert nested[0]["read_bits"] < nested[1]["read_bits"] < nested[2]["read_bits"]
+    # Each width has scales of its own: a step reads those of its width, the file holds all.
+    assert nested[2]["read_bits"] < nested[2]["effective_bits"] == nested[0]["effective_bits"]
     assert nested[0]["kl_mean"] > nested[1]["kl_mean"] > nested[2]["kl_mean"] > 0
 
 

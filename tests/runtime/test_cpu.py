@@ -267,7 +267,9 @@ def width_decisions(widths: tuple[int, ...] = (3, 5, 8)) -> Plan:
 
 
 def test_widths_chosen_per_token_act_as_in_the_reference(tiny_model: LoadedModel) -> None:
-    compressed = compress(tiny_model, Recipe.for_model(tiny_model, NestedConfig(bits=8, group_size=16)))
+    compressed = compress(
+        tiny_model, Recipe.for_model(tiny_model, NestedConfig(widths=(3, 5, 8), group_size=16, fit="rounded"))
+    )
     plan = width_decisions()
     reference = open_engine(compressed, engine="reference", plan=plan)
     engine = CpuEngine(compressed, plan, threads=2, activation_mode="fp32")
@@ -288,7 +290,9 @@ def test_widths_chosen_per_token_act_as_in_the_reference(tiny_model: LoadedModel
 
 
 def test_a_level_that_is_not_there_is_an_error(tiny_model: LoadedModel) -> None:
-    compressed = compress(tiny_model, Recipe.for_model(tiny_model, NestedConfig(bits=8, group_size=16)))
+    compressed = compress(
+        tiny_model, Recipe.for_model(tiny_model, NestedConfig(widths=(3, 5, 8), group_size=16, fit="rounded"))
+    )
     for open_it in (CpuEngine, lambda c, p: open_engine(c, engine="reference", plan=p)):
         engine = open_it(compressed, width_decisions())
         engine.set_policy(Policy({"level": 3.0}))

@@ -263,6 +263,7 @@ def bench(
     import pandas as pd
 
     from workbench.measure.bench import benches, run_bench
+    from workbench.operate.fits import fitted
     from workbench.operate.jobs import analyze
     from workbench.store import Store
 
@@ -280,6 +281,7 @@ def bench(
             threads=threads,
             quick=quick,
             analyze=lambda analysis, inner: analyze(store, analysis, inner).profile,
+            compress=lambda dense, recipe, inner: fitted(store, dense, recipe, inner),
             job=job,
         )
         store.record_run(

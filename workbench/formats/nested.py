@@ -1,50 +1,177 @@
-"""Nested codes: one parent of up to 8 bits whose top b bits are the b-bit weights, for every b."""
+"""Nested codes: one parent of up to 8 bits whose top b bits are the b-bit weights, for each of several widths b.
+
+Codes are shared by all widths; the grid is not. Every width has its own fp16 scale and its own zero point per group of
+input channels, and reading at a width reads those alone. At width b a weight stands for
+
+    scale_b * (c_b - zero_b),   c_b = parent >> (parent bits - b),   zero_b = (k_b + 2^(b-1) - 1) / 2,
+
+with ``k_b`` an integer of b bits: zero points lie half a step apart, around the middle of the codes. Half steps are
+what lets cells of two widths coincide (``zero_{b+1} = 2 zero_b + 1/2``).
+"""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Self
 
 import torch
 
 from workbench.errors import EngineError
-from workbench.formats.codes import MIN_BITS, GroupCodes, dequantize, packed_bytes
-from workbench.formats.encodings import Groups, register_encoding
+from workbench.formats.codes import MAX_BITS, MIN_BITS, pack, packed_bytes, unpack
+from workbench.formats.encodings import Encoding, Tensors, meta_shape, meta_value, register_encoding, take
 
 
-def truncate(codes: GroupCodes, bits: int) -> torch.Tensor:
-    """Weights that the top ``bits`` bits of parent codes stand for, float32 (out, in).
+@dataclass(frozen=True)
+class NestedCodes:
+    """Low-bit weights of one matrix, at several widths.
 
-    With ``d = parent bits - bits`` and ``c`` the parent code, the weight is ``(2^d floor(c / 2^d) + (2^d - 1) / 2 -
-    zero) * scale``: the bits left out are replaced by their mean, so that no width is biased.
+    Attributes:
+        codes: uint8 (out, in), the parent's, of as many bits as the widest width.
+        scales: by width, float16 (out, n_groups).
+        zeros: by width, uint8 (out, n_groups), below 2**width; see ``zero_points``.
+        group_size: input channels per scale.
     """
-    step = 2 ** (codes.bits - bits)
-    top = GroupCodes(codes.codes // step * step, codes.scales, codes.zeros, codes.bits, codes.group_size)
-    scales = codes.scales.float().repeat_interleave(codes.group_size, dim=1)[:, : codes.codes.shape[1]]
-    return dequantize(top) + (step - 1) / 2 * scales
 
-
-@register_encoding
-class Nested(Groups):
-    """Group codes that may be read at any width from 2 bits up to their own."""
-
-    kind = "nested"
+    codes: torch.Tensor
+    scales: Mapping[int, torch.Tensor]
+    zeros: Mapping[int, torch.Tensor]
+    group_size: int
 
     @property
     def widths(self) -> tuple[int, ...]:
-        """Widths that it may be read at."""
-        return tuple(range(MIN_BITS, self.bits + 1))
+        """Widths that it may be read at, ascending."""
+        return tuple(sorted(self.scales))
+
+    @property
+    def bits(self) -> int:
+        """Width of the parent."""
+        return max(self.scales)
+
+    def dequantize(self, bits: int) -> torch.Tensor:
+        """Return the weights at a width, float32 (out, in)."""
+        top = (self.codes >> (self.bits - bits)).float()
+        zeros = zero_points(self.zeros[bits], bits)
+        return (top - self._spread(zeros)) * self._spread(self.scales[bits].float())
+
+    def _spread(self, of_group: torch.Tensor) -> torch.Tensor:
+        return of_group.repeat_interleave(self.group_size, dim=1)[:, : self.codes.shape[1]]
+
+
+def zero_points(stored: torch.Tensor, bits: int) -> torch.Tensor:
+    """What stored zero points stand for, float32: ``(k + 2^(bits-1) - 1) / 2``, in steps of the codes of that width."""
+    return (stored.float() + (2 ** (bits - 1) - 1)) / 2
+
+
+def zero_codes(zeros: torch.Tensor, bits: int) -> torch.Tensor:
+    """Nearest stored zero points, uint8, of zero points in steps of the codes of that width."""
+    return (2 * zeros - (2 ** (bits - 1) - 1)).round().clamp(0, 2**bits - 1).to(torch.uint8)
+
+
+@register_encoding
+class Nested(Encoding):
+    """Nested codes, packed without gaps."""
+
+    kind = "nested"
+
+    def __init__(
+        self,
+        packed: torch.Tensor,
+        scales: Mapping[int, torch.Tensor],
+        packed_zeros: Mapping[int, torch.Tensor],
+        *,
+        shape: tuple[int, int],
+        group_size: int,
+    ) -> None:
+        """
+        Args:
+            packed: the parent's codes, uint8 (out, bytes of a row).
+            scales: by width, float16 (out, n_groups).
+            packed_zeros: by width, uint8 (out, bytes of a row of them).
+            shape: (out, in).
+            group_size: input channels per scale.
+        """
+        self.packed = packed
+        self.scales = dict(scales)
+        self.packed_zeros = dict(packed_zeros)
+        self.shape = shape
+        self.bits = max(scales)
+        self.group_size = group_size
+
+    @classmethod
+    def of(cls, nested: NestedCodes) -> Self:
+        """Pack codes that some method has chosen."""
+        return cls(
+            pack(nested.codes, nested.bits),
+            nested.scales,
+            {bits: pack(zeros, bits) for bits, zeros in nested.zeros.items()},
+            shape=(nested.codes.shape[0], nested.codes.shape[1]),
+            group_size=nested.group_size,
+        )
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Widths that it may be read at, ascending."""
+        return tuple(sorted(self.scales))
+
+    @property
+    def codes(self) -> NestedCodes:
+        """The codes, unpacked."""
+        groups = self.scales[self.bits].shape[1]
+        zeros = {bits: unpack(packed, bits, groups) for bits, packed in self.packed_zeros.items()}
+        return NestedCodes(unpack(self.packed, self.bits, self.shape[1]), self.scales, zeros, self.group_size)
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        parts = {"codes": self.packed}
+        for bits in self.widths:
+            parts |= {f"scales_{bits}": self.scales[bits], f"zeros_{bits}": self.packed_zeros[bits]}
+        return parts
+
+    def meta(self) -> dict[str, Any]:
+        return {"shape": list(self.shape), "widths": list(self.widths), "group_size": self.group_size}
+
+    @classmethod
+    def from_parts(cls, meta: Mapping[str, Any], tensors: Tensors) -> Self:
+        out, width = meta_shape(meta)
+        widths = meta_value(meta, "widths", list, _are_widths)
+        group_size = meta_value(meta, "group_size", int, lambda g: 1 <= g <= width)
+        groups = -(-width // group_size)
+        expected: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
+            "codes": (torch.uint8, (out, packed_bytes(width, widths[-1])))
+        }
+        for bits in widths:
+            expected[f"scales_{bits}"] = (torch.float16, (out, groups))
+            expected[f"zeros_{bits}"] = (torch.uint8, (out, packed_bytes(groups, bits)))
+        parts = take(tensors, expected)
+        return cls(
+            parts["codes"],
+            {bits: parts[f"scales_{bits}"] for bits in widths},
+            {bits: parts[f"zeros_{bits}"] for bits in widths},
+            shape=(out, width),
+            group_size=group_size,
+        )
+
+    def _dequantize(self) -> torch.Tensor:
+        return self.codes.dequantize(self.bits)
 
     def dequantize(self, bits: int | None = None) -> torch.Tensor:
-        if bits is None or bits == self.bits:
-            return self._dequantize()
-        self._check(bits)
-        return truncate(self.codes, bits)
+        return self.codes.dequantize(self._known(bits))
 
     def read_bits(self, bits: int | None = None) -> int:
-        if bits is None or bits == self.bits:
-            return self.stored_bits
-        self._check(bits)
+        bits = self._known(bits)
         out, width = self.shape
-        return self.stored_bits - 8 * out * (packed_bytes(width, self.bits) - packed_bytes(width, bits))
+        grid = (self.scales[bits], self.packed_zeros[bits])
+        return 8 * (out * packed_bytes(width, bits) + sum(t.numel() * t.element_size() for t in grid))
 
-    def _check(self, bits: int) -> None:
-        if bits not in self.widths:
-            raise EngineError(f"This matrix is nested from {MIN_BITS} to {self.bits} bits, {bits} were asked for.")
+    def _known(self, bits: int | None) -> int:
+        if bits is None:
+            return self.bits
+        if bits not in self.scales:
+            widths = ", ".join(map(str, self.widths))
+            raise EngineError(f"This matrix may be read at {widths} bits, {bits} were asked for.")
+        return bits
+
+
+def _are_widths(found: list[Any]) -> bool:
+    known = all(type(bits) is int and MIN_BITS <= bits <= MAX_BITS for bits in found)
+    return known and len(found) > 0 and found == sorted(set(found))

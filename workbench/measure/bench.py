@@ -20,6 +20,9 @@ from workbench.progress import Job
 
 if TYPE_CHECKING:
     from workbench.analysis.profile import Analysis, Profile
+    from workbench.apply.recipe import Recipe
+    from workbench.formats.compressed import CompressedModel
+    from workbench.models.base import LoadedModel
 
 Rows = list[dict[str, Any]]
 
@@ -28,6 +31,12 @@ def _compute(analysis: Analysis, job: Job) -> Profile:
     from workbench.analysis.profile import run
 
     return run(analysis, job)
+
+
+def _compress(model: LoadedModel, recipe: Recipe, job: Job) -> CompressedModel:
+    from workbench.apply.compress import compress
+
+    return compress(model, recipe, job=job)
 
 
 @dataclass(frozen=True)
@@ -40,6 +49,7 @@ class BenchContext:
         threads: of every engine.
         quick: end within some five minutes on two cores once fits exist, with the same rows.
         analyze: how to get an analysis' profile: from a store by default of the command line, else computed.
+        compress: how to get a compressed model that takes long to fit: likewise.
         job: progress and cancel.
     """
 
@@ -48,6 +58,7 @@ class BenchContext:
     threads: int
     quick: bool = False
     analyze: Callable[[Analysis, Job], Profile] = _compute
+    compress: Callable[[LoadedModel, Recipe, Job], CompressedModel] = _compress
     job: Job = field(default_factory=Job)
 
 
@@ -107,6 +118,7 @@ def run_bench(
     threads: int | None = None,
     quick: bool = False,
     analyze: Callable[[Analysis, Job], Profile] | None = None,
+    compress: Callable[[LoadedModel, Recipe, Job], CompressedModel] | None = None,
     job: Job | None = None,
 ) -> dict[str, Any]:
     """Run a bench and write ``{"environment": ..., "rows": [...]}``.
@@ -114,7 +126,7 @@ def run_bench(
     Args:
         name: of the bench.
         json_path: file to write, replaced as a whole; None to write none.
-        model, text, threads, quick, analyze, job: see ``BenchContext``.
+        model, text, threads, quick, analyze, compress, job: see ``BenchContext``.
 
     Returns:
         What is written: JSON values, every row with all of ``ROW_KEYS`` (None where nothing is known).
@@ -132,7 +144,7 @@ def run_bench(
         from workbench.corpus import open_text
 
         text_name = open_text(text, "evaluation").name
-    context = BenchContext(model, text, threads, quick, analyze or _compute, job or Job())
+    context = BenchContext(model, text, threads, quick, analyze or _compute, compress or _compress, job or Job())
     rows = complete_rows(chosen, chosen.run(context), text_name)
     result = plain(
         {

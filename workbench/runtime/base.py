@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 
+from workbench.errors import EngineError, InputError
 from workbench.progress import Job
 from workbench.runtime.plan import Plan, Policy
 
@@ -30,8 +31,6 @@ class Sampler:
     top_p: float = 1.0
 
     def __post_init__(self) -> None:
-        from workbench.errors import InputError
-
         if self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1:
             raise InputError(
                 f"Sampler({self.temperature=}, {self.top_k=}, {self.top_p=}): temperature and top_k must be at least "
@@ -134,3 +133,31 @@ class Engine(Protocol):
     def close(self) -> None:
         """Free what the engine holds. A closed engine cannot be used again."""
         ...
+
+
+class Guarded:
+    """What every engine refuses alike: work after ``close``, and tokens that the context does not hold."""
+
+    context_length: int
+    _closed = False
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise EngineError("This engine is closed: open another.")
+
+    def _check_tokens(self, tokens: Sequence[int], position: int) -> None:
+        self._check_open()
+        if len(tokens) == 0:
+            raise InputError("No tokens were given: the text or prompt is empty.")
+        if position + len(tokens) > self.context_length:
+            raise InputError(
+                f"{position + len(tokens)} tokens do not fit the model's context of {self.context_length}: shorten "
+                "the text or use windows."
+            )
+
+    def _room_after(self, prompt: Sequence[int]) -> int:
+        """Tokens that still fit after a prompt, at least 1."""
+        room = self.context_length - len(prompt)
+        if room < 1:
+            raise InputError(f"The prompt has {len(prompt)} tokens and the context only {self.context_length}.")
+        return room

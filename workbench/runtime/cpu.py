@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from workbench.errors import EngineError, InputError
+from workbench.errors import EngineError
 from workbench.progress import Job
-from workbench.runtime.base import GREEDY, ActivationMode, Sampler, StepTrace, TapCallback
+from workbench.runtime.base import GREEDY, ActivationMode, Guarded, Sampler, StepTrace, TapCallback
 from workbench.runtime.cpu_build import build, kernels
 from workbench.runtime.cpu_source import CompressedSource, FolderSource, LoadedSource, Source
 from workbench.runtime.plan import Plan, Policy
@@ -66,7 +66,7 @@ class CpuSequence:
         return self._trace
 
 
-class CpuEngine:
+class CpuEngine(Guarded):
     """Runs a dense or compressed model in compiled code, under a plan. See ``Engine`` for the interface.
 
     Args:
@@ -121,7 +121,6 @@ class CpuEngine:
         self._slots = [(d.slot, d.program.size) for d in self.plan.deciders]
         self._policy = Policy()
         self._tap: TapCallback | None = None
-        self._closed = False
         self._fused = {"q": "qkv", "k": None, "v": None, "gate": "gate_up", "up": None}
         self._linear_ids = {linear.id for linear in architecture.linears}
 
@@ -193,9 +192,7 @@ class CpuEngine:
     ) -> list[int]:
         """Prefill and sample; see ``Engine.generate``. A stop token ends the reply and is not part of it."""
         job = job or Job()
-        room = self.context_length - len(prompt)
-        if room < 1:
-            raise InputError(f"The prompt has {len(prompt)} tokens and the context only {self.context_length}.")
+        room = self._room_after(prompt)
         count = min(max_new_tokens, room)
         logits = self.prefill(sequence, prompt)
         if count < 1:
@@ -302,20 +299,6 @@ class CpuEngine:
                 site = f"{owner}.{fused}"
             tap(site, position, torch.from_numpy(rows))
 
-    def _check_open(self) -> None:
-        if self._closed:
-            raise EngineError("This engine is closed: open another.")
-
-    def _check_tokens(self, tokens: Sequence[int], position: int) -> None:
-        self._check_open()
-        if len(tokens) == 0:
-            raise InputError("No tokens were given: the text or prompt is empty.")
-        if position + len(tokens) > self.context_length:
-            raise InputError(
-                f"{position + len(tokens)} tokens do not fit the model's context of {self.context_length}: shorten "
-                "the text or use windows."
-            )
-
     def _chunks(self, n: int, prompt_length: int, size: int) -> Iterator[tuple[int, int]]:
         """Cut n tokens into passes; a pass never spans the end of the prompt, where replies are decided."""
         begin = 0
@@ -349,7 +332,7 @@ def open_source(target: LoadedModel | CompressedModel | Path) -> Source:
 
 def _fast_mode(source: Source) -> ActivationMode:
     """What the engine computes in where the caller leaves it open: what the first linear's weights are made for."""
-    kind = source.matrix(source.architecture.linears[0].id).kind
+    kind = source.kind(source.architecture.linears[0].id)
     return {"f32": "fp32", "dense": "bf16"}.get(kind, "int8")  # type: ignore[return-value]
 
 

@@ -252,17 +252,21 @@ def _set(engine: Any, name: str, matrix: Matrix, planes: bool) -> None:
                 f"'{name}' has groups of {group}: the cpu engine runs groups of {_MIN_GROUP} and more. Compress with "
                 "larger groups, or use the reference engine."
             )
+        inputs = int(matrix.meta["shape"][1])
+        if matrix.kind == "nested":
+            widths = [(b, t[f"scales_{b}"].view(np.uint16), t[f"zeros_{b}"]) for b in matrix.meta["widths"]]
+            engine.set_groups(name, t["codes"], inputs, widths[-1][0], group, planes=True, widths=widths, block=block)
+            return
         engine.set_groups(
             name,
             t["codes"],
-            int(matrix.meta["shape"][1]),
+            inputs,
             int(matrix.meta["bits"]),
             group,
             scales16=t["scales"].view(np.uint16),
             zeros=t.get("zeros"),
             minima16=t["minima"].view(np.uint16) if "minima" in t else None,
-            planes=planes or matrix.kind == "nested",
-            nested=matrix.kind == "nested",
+            planes=planes,
             block=block,
         )
     else:

@@ -58,6 +58,10 @@ class Source(Protocol):
 
     def matrix(self, name: str) -> Matrix: ...
 
+    def kind(self, name: str) -> str:
+        """Kind of a linear's matrix, without reading it."""
+        ...
+
     def has_output(self) -> bool:
         """Whether the output layer is a matrix of its own."""
         ...
@@ -104,6 +108,9 @@ class LoadedSource:
         if weight.dtype == torch.bfloat16:
             return Matrix("dense", meta, {"weight": weight.view(torch.uint16).numpy()})
         return Matrix("f32", meta, {"weight": weight.float().numpy()})
+
+    def kind(self, name: str) -> str:
+        return "dense" if str(self._loaded.dtype) == "torch.bfloat16" else "f32"
 
     def has_output(self) -> bool:
         return not self._loaded.architecture.tied_embeddings
@@ -152,6 +159,9 @@ class CompressedSource:
         }
         return Matrix(encoding.kind, encoding.meta(), tensors)
 
+    def kind(self, name: str) -> str:
+        return self._compressed.linears[name].kind
+
     def has_output(self) -> bool:
         return self._compressed.output is not None
 
@@ -198,6 +208,9 @@ class FolderSource:
             raise IntegrityError(f"The stored model has no matrix '{name}': compress the model again.")
         tensors = {full.rpartition(".")[2]: self._tensors.read(full) for full in self._parts[name]}
         return Matrix(record.kind, record.meta, tensors)
+
+    def kind(self, name: str) -> str:
+        return self._record.linears[name].kind
 
     def has_output(self) -> bool:
         return self._record.output is not None

@@ -19,10 +19,10 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import DynamicCache
 
-from workbench.errors import EngineError, InputError
+from workbench.errors import EngineError
 from workbench.models.base import Linear, LoadedModel
 from workbench.progress import Job
-from workbench.runtime.base import GREEDY, ActivationMode, Sampler, StepTrace, TapCallback
+from workbench.runtime.base import GREEDY, ActivationMode, Guarded, Sampler, StepTrace, TapCallback
 from workbench.runtime.decisions import Decisions
 from workbench.runtime.plan import (
     PATH_SKIP_ATTENTION,
@@ -62,7 +62,7 @@ class ReferenceSequence:
         return len(self.tokens)
 
 
-class ReferenceEngine:
+class ReferenceEngine(Guarded):
     """Runs a loaded model, dense or rebuilt from a compressed one, under a plan.
 
     Args:
@@ -93,7 +93,6 @@ class ReferenceEngine:
         self._hooks: list[Any] = []
         self._running: Decisions | None = None
         self._start = 0
-        self._closed = False
         self._widths: dict[tuple[str, int], torch.Tensor] = {}
         self._load_widths()
         self._install()
@@ -134,9 +133,7 @@ class ReferenceEngine:
     ) -> list[int]:
         """Prefill and sample; see ``Engine.generate``. A stop token ends the reply and is not part of it."""
         job = job or Job()
-        room = self.context_length - len(prompt)
-        if room < 1:
-            raise InputError(f"The prompt has {len(prompt)} tokens and the context only {self.context_length}.")
+        room = self._room_after(prompt)
         logits = self.prefill(sequence, prompt)
         new: list[int] = []
         while len(new) < min(max_new_tokens, room):
@@ -212,20 +209,6 @@ class ReferenceEngine:
         self._closed = True
 
     # Forward passes ------------------------------------------------------------------------------------------------
-
-    def _check_open(self) -> None:
-        if self._closed:
-            raise EngineError("This engine is closed: open another.")
-
-    def _check_tokens(self, tokens: Sequence[int], position: int) -> None:
-        self._check_open()
-        if len(tokens) == 0:
-            raise InputError("No tokens were given: the text or prompt is empty.")
-        if position + len(tokens) > self.context_length:
-            raise InputError(
-                f"{position + len(tokens)} tokens do not fit the model's context of {self.context_length}: shorten "
-                "the text or use windows."
-            )
 
     def _feed(self, sequence: ReferenceSequence, tokens: Sequence[int]) -> torch.Tensor:
         """Run tokens through the blocks with the sequence's cache; return final hidden states (n, hidden)."""

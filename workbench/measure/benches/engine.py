@@ -147,7 +147,9 @@ def _contenders(model: LoadedModel, folder: Path, context: BenchContext) -> list
             found.append(_stored(model, RtnConfig(bits=bits), folder / f"rtn{bits}", "packed", context.job, bits))
     narrow = RtnConfig(bits=4, output_bits=4)
     found.append(_stored(model, narrow, folder / "narrow", "packed, 4-bit output layer", context.job, 4))
-    nested = _stored(model, NestedConfig(), folder / "nested", "planes", context.job)
+    nested = _stored(
+        model, NestedConfig(widths=WIDTHS, fit="rounded"), folder / "nested", "planes, rounded", context.job
+    )
     for bits in widths:
         found.append(_Row(**{**vars(nested), "bits": bits, "asked_bits": bits}))
     found.append(
