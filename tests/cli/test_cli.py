@@ -120,6 +120,24 @@ def test_the_loop(workbench: Callable[..., Outcome], tiny_folder: Path, text: Pa
     assert workbench("store", "verify").code == 0
 
 
+def test_a_nested_model_is_read_at_a_width(
+    workbench: Callable[..., Outcome], tiny_folder: Path, tmp_path: Path
+) -> None:
+    recipe, folder = tmp_path / "nested.json", tmp_path / "nested"
+    method = {"method": "nested", "widths": [3, 8], "group_size": 16, "fit": "rounded"}
+    recipe.write_text(json.dumps({"model": str(tiny_folder), "methods": [method]}))
+    made = workbench("compress", tiny_folder, "--recipe", recipe, "--out", folder, "--json")
+    assert made.code == 0, made.err
+    asked = ("Hello", "--new-tokens", "16", "--json")
+    by_width = {w: workbench("generate", folder, *asked, "--width", w).json["tokens"] for w in ("3", "8")}
+    assert by_width["8"] == workbench("generate", folder, *asked).json["tokens"]
+    assert by_width["3"] != by_width["8"]
+    refused = workbench("generate", folder, *asked, "--width", "4")
+    assert refused.code == 2
+    assert "offers 3, 8" in refused.err
+    assert "compress it first" in workbench("generate", tiny_folder, *asked, "--width", "4").err
+
+
 def test_tables_for_people(workbench: Callable[..., Outcome], tiny_folder: Path, text: Path, tmp_path: Path) -> None:
     seen = workbench("analyze", "sensitivity", tiny_folder, "--text", text, "--out", tmp_path / "u.csv", *SMALL)
     assert seen.code == 0, seen.err

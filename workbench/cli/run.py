@@ -14,6 +14,7 @@ from workbench.files import check_folder, check_output_file, write_json
 
 if TYPE_CHECKING:
     from workbench.progress import Job
+    from workbench.runtime.base import Engine
 
 Threads = Annotated[int | None, typer.Option(min=1, help="Threads of the engines; one per usable core if not given.")]
 EngineName = Annotated[str, typer.Option(help="auto, reference or cpu.")]
@@ -118,6 +119,7 @@ def generate(
     top_p: Annotated[float, typer.Option()] = 1.0,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     raw: Annotated[bool, typer.Option("--raw", help="Feed the text as it is, without the chat template.")] = False,
+    width: Annotated[int | None, typer.Option(help="Bits to read a nested model at; its widest if not given.")] = None,
     engine: EngineName = "auto",
     threads: Threads = None,
     as_json: Json = False,
@@ -130,10 +132,8 @@ def generate(
     choose_engine(engine)
     if not prompt.strip():
         raise InputError("The prompt is empty: say what to ask.")
-    from workbench.runtime import open_engine
-
     with console.running(quiet=True) as job:
-        opened = open_engine(model, engine=engine, threads=threads, job=job)
+        opened = _at_width(model, width, engine, threads, job)
         loaded = opened.model
         ids = loaded.encode(prompt) if raw else loaded.encode_chat(prompt)
         sequence = opened.start(seed=seed)
@@ -158,6 +158,26 @@ def generate(
         console.err.print(
             f"{len(reply)} tokens, {per_token:.1f} ms each on the {opened.name} engine (one run, no claim: use measure)"
         )
+
+
+def _at_width(model: str, width: int | None, engine: str, threads: int | None, job: Job) -> Engine:
+    """Open an engine; with a width, on a nested model that is read at it."""
+    from workbench.formats.folder import is_compressed
+    from workbench.runtime import open_engine
+
+    if width is None:
+        return open_engine(model, engine=engine, threads=threads, job=job)
+    from workbench.formats.compressed import CompressedModel
+    from workbench.runtime.plan import width_plan
+
+    if not is_compressed(model):
+        raise InputError(f"--width reads a compressed model at fewer bits, and {model} is none: compress it first.")
+    compressed = CompressedModel.load(model)
+    if width not in compressed.widths:
+        offered = ", ".join(map(str, compressed.widths)) or "none: compress with the method 'nested'"
+        raise InputError(f"--width {width} is not possible: this model offers {offered}.")
+    plan = width_plan(compressed.architecture, compressed.widths, width)
+    return open_engine(compressed, engine=engine, plan=plan, threads=threads, job=job)
 
 
 def measure(

@@ -95,6 +95,12 @@ class CompressedModel:
         return _bits_per_weight(self.linears.values())
 
     @property
+    def widths(self) -> tuple[int, ...]:
+        """Widths that every linear may be read at, ascending; empty where one has a single width."""
+        offered = [set(getattr(encoding, "widths", ())) for encoding in self.linears.values()]
+        return tuple(sorted(set.intersection(*offered))) if offered else ()
+
+    @property
     def bits_by_unit(self) -> dict[str, float]:
         """Effective bits of each unit."""
         return {
