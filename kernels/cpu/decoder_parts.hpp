@@ -1,0 +1,163 @@
+// What a decoder is made of, and one pass of rows through it. Shared by decoder.cpp and pass.cpp alone.
+#pragma once
+
+#include <algorithm>
+#include <chrono>
+#include <cmath>
+#include <exception>
+#include <utility>
+
+#include "decoder.hpp"
+
+namespace wb {
+
+using Clock = std::chrono::steady_clock;
+
+inline constexpr int kLogitRows = 16;  // rows of logits held at once
+
+enum class Mode : std::uint8_t { int8, f32, bf16, plain };  // plain: fp32 as it is, no copy
+
+inline constexpr const char* kUnitOf[][2] = {{"q", "qkv"}, {"k", "qkv"}, {"v", "qkv"}, {"o", "o"}, {"gate", "gate_up"}, {"up", "gate_up"}, {"down", "down"}};
+
+inline int padded(int n) { return static_cast<int>(round_up(static_cast<std::size_t>(n), 16)); }
+
+// The part of n items that thread t of `threads` takes.
+inline std::pair<int, int> share(int n, int t, int threads) {
+  return {static_cast<int>(static_cast<long long>(n) * t / threads), static_cast<int>(static_cast<long long>(n) * (t + 1) / threads)};
+}
+
+// How a row of activations is laid out for some linears.
+struct Decoder::Format {
+  Mode mode;
+  Grouping at;
+  int in;
+  const std::vector<Transform>* transforms;  // null where there are none
+  std::size_t bytes = 0, q = 0, x = 0, b = 0, scale = 0, sum = 0, active = 0;  // places within a row's buffer
+
+  void place() {
+    const auto take = [&](std::size_t n) {
+      const std::size_t at_byte = bytes;
+      bytes += round_up(n, kAlign);
+      return at_byte;
+    };
+    if (mode == Mode::int8) q = take(static_cast<std::size_t>(at.padded));
+    if (mode == Mode::f32) x = take(static_cast<std::size_t>(at.padded) * 4);
+    if (mode == Mode::plain) x = take(static_cast<std::size_t>(padded(in)) * 4);
+    if (mode == Mode::bf16) b = take(static_cast<std::size_t>(padded(in)) * 2);
+    if (mode == Mode::int8) scale = take(static_cast<std::size_t>(at.n_blocks) * 4);
+    if (mode == Mode::int8 || mode == Mode::f32) {
+      sum = take(static_cast<std::size_t>(at.n_groups) * 4);
+      active = take(static_cast<std::size_t>(at.n_blocks));
+    }
+  }
+};
+
+struct Decoder::LinearLayer {
+  Matrix w;
+  bool present = false;
+  int format = -1;
+  int width_slot = -1;           // place in a row of slot values
+  std::vector<int> levels;       // widths that the slot's values are an index into; empty: they are widths
+  long bits(float value) const {
+    const long at = std::lround(value);
+    if (levels.empty()) return at;
+    return at >= 0 && at < static_cast<long>(levels.size()) ? levels[static_cast<std::size_t>(at)] : -1;
+  }
+  std::vector<int> widths;
+  std::vector<Transform> transforms;
+  std::array<double, 9> bytes{}; // by width; [0] as stored
+};
+
+struct Decoder::Norm {
+  const float* weight = nullptr;
+  const float* bias = nullptr;
+};
+
+struct Decoder::Block {
+  LinearLayer q, k, v, o, gate, up, down;
+  Norm input, post_attention, pre_mlp, post_mlp, q_norm, k_norm;
+  int rope = -1, window = 0;
+  int heads_slot = -1, neurons_slot = -1, path_slot = -1;
+  std::array<int, 4> threshold_slot{-1, -1, -1, -1};  // qkv, o, gate_up, down
+  std::array<std::vector<int>, kTaps> deciders;       // by tap
+  bool decides(TapKind tap) const { return !deciders[static_cast<std::size_t>(tap)].empty(); }
+};
+
+// Buffers of one pass, and the walk through the blocks that every thread takes.
+struct Decoder::Pass {
+  explicit Pass(Decoder& decoder);
+
+  struct Row {
+    Sequence* sequence;
+    int position, token;
+  };
+
+  void run(int t);
+  void block(int index, int t);
+  void embed(int t);
+  void logits(int t);
+
+  void normalize(const Norm& norm, const float* from, float* to) const;
+  void convert(const Format& format, const float* from, float* scratch, std::uint8_t* buffer, Activation& to) const;
+  const float* filtered(const float* from, int n, int slot, int row, float* scratch) const;
+  void product(const LinearLayer& layer, const std::vector<int>* subset, float* const* y, bool add, int t,
+               const float* mask = nullptr, int per_mask = 1);
+  void decide(const Block& b, TapKind tap, int t, Array<float>& source, int width);
+  void count(const LinearLayer& layer, int t, int mask_slot = -1, int per_mask = 1, const std::vector<int>* subset = nullptr);
+  void begin_slots();
+  float slot(int place, int row) const { return slots[static_cast<std::size_t>(row) * d.slot_width_ + place]; }
+  void lap(Part part, int t) {
+    if (t != 0) return;
+    const auto now = Clock::now();
+    parts[part] += std::chrono::duration<double>(now - last).count();
+    last = now;
+    ++d.laps_;
+  }
+  void wait(Part part, int t) {
+    d.pool_->barrier();
+    lap(part, t);
+  }
+  void site(const std::string& name, const Array<float>& rows_of, int stride, int width);
+  void add_rows(const Norm& norm, const std::vector<int>& active, int t);
+  double read_share(const LinearLayer& layer, int row) const;
+
+  Decoder& d;
+  const DecoderSpec& s;
+  const Kernels& k;
+  const int nt;
+  int hidden, queries, keys, neurons, vocab;  // padded to 16
+  Array<float> x, normed, q, kk, v, attended, other, gate, up, logit;
+  std::vector<float*> to_x, to_q, to_k, to_v, to_attended, to_other, to_gate, to_up, to_logit;
+  std::vector<Array<std::uint8_t>> shared, local;              // by format
+  std::vector<std::vector<Activation>> shared_rows, local_rows;
+  std::vector<std::vector<Activation>> subset_rows;            // by thread
+  std::vector<std::vector<float*>> subset_to;
+  std::vector<std::vector<int>> subset_index;
+  std::vector<Array<float>> scratch;                           // by thread: two rows of the widest input
+  std::vector<std::vector<float>> scores;                      // by thread
+  std::vector<std::vector<Query>> queries_of;                  // by thread
+  std::vector<float> slots, angles;
+
+  std::vector<Row> rows;
+  std::vector<int> all_rows, attention_rows, mlp_rows, wanted;
+  bool single = false;
+  std::vector<double> read;
+  std::array<double, kParts> parts{};
+  Clock::time_point last;
+  std::atomic<int> bad_width{0};
+  const Visit* visit = nullptr;
+  std::exception_ptr thrown;
+
+  // The caller's code, on thread 0. What it throws waits until all threads have left the pass: they meet at barriers.
+  template <class Work>
+  void call(Work work) {
+    if (thrown) return;
+    try {
+      work();
+    } catch (...) {
+      thrown = std::current_exception();
+    }
+  }
+};
+
+}  // namespace wb
