@@ -7,16 +7,18 @@ Best for calibration and training where the training data of a model is unknown 
 from __future__ import annotations
 
 import hashlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import torch
+import numpy as np
 
 from workbench.corpus.base import Corpus, Document, Split
 from workbench.errors import CorpusError
 from workbench.progress import Job
+from workbench.runtime import open_engine
 
 if TYPE_CHECKING:
     from workbench.models import LoadedModel
+    from workbench.runtime.base import Engine
 
 DEFAULT_TOKENS = 8192
 DEFAULT_LENGTH = 576  # leaves room for a window of 512: text encoded again can be a few tokens shorter
@@ -32,7 +34,7 @@ def sample_corpus(
     """Sample documents at temperature 1 from the whole distribution, without ends, so that each has its full length.
 
     Args:
-        model: sampled from; its dtype and device are part of what determines the text.
+        model: sampled from; its dtype and the engine that runs it are part of what determines the text.
         split: each split has its own random stream, so splits share no document.
         n_tokens: how many tokens to sample in all, rounded up to whole batches of eight documents.
         seed: the same seed gives the same text on the same machine and versions.
@@ -53,9 +55,13 @@ def sample_corpus(
     job = job or Job()
     job.stage(f"sample text from {model.name}", batches * length)
     documents: list[Document] = []
-    for batch in range(batches):
-        for text in _sample_batch(model, _stream(split, seed, batch), _start(model, batch), length, job):
-            documents.append(Document(f"self/{split}/{len(documents):04d}", text, "self", "unknown"))
+    engine = open_engine(model)
+    try:
+        for batch in range(batches):
+            for text in _sample_batch(engine, _stream(split, seed, batch), _start(model, batch), length, job):
+                documents.append(Document(f"self/{split}/{len(documents):04d}", text, "self", "unknown"))
+    finally:
+        engine.close()
     return Corpus("self", split, tuple(documents))
 
 
@@ -71,35 +77,33 @@ def _start(model: LoadedModel, batch: int) -> list[int]:
     return model.encode(NEUTRAL_STARTS[batch % len(NEUTRAL_STARTS)])
 
 
-def _sample_batch(model: LoadedModel, seed: int, start: list[int], length: int, job: Job) -> list[str]:
-    from transformers import GenerationConfig, StoppingCriteriaList
-
-    def between_tokens(ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
-        job.advance()
-        return torch.zeros(ids.shape[0], dtype=torch.bool, device=ids.device)
-
+def _sample_batch(engine: Engine, seed: int, start: list[int], length: int, job: Job) -> list[str]:
+    """Sample ``_BATCH`` texts side by side; the job may stop between two tokens."""
+    model = engine.model
     # Ends and other special tokens would leave the text; ids past the tokenizer's own have no text at all.
     unprintable = {*model.stop_tokens, *model.tokenizer.all_special_ids}
     unprintable |= set(range(len(model.tokenizer), model.architecture.vocab_size))
-    settings = GenerationConfig(
-        do_sample=True,
-        temperature=1.0,
-        top_k=0,
-        top_p=1.0,
-        max_new_tokens=length,
-        suppress_tokens=sorted(unprintable),
-        pad_token_id=model.stop_tokens[0] if model.stop_tokens else 0,
-    )
-    prompt = torch.tensor([start] * _BATCH, device=model.device)
-    devices = [model.device] if model.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices), torch.no_grad():
-        torch.manual_seed(seed)
-        # StoppingCriteriaList calls each criterion between two tokens, which is where a job may stop.
-        module: Any = model.module
-        ids = module.generate(
-            prompt,
-            attention_mask=torch.ones_like(prompt),
-            generation_config=settings,
-            stopping_criteria=StoppingCriteriaList([between_tokens]),
-        )
-    return [model.decode(row) for row in ids.tolist()]
+    barred = sorted(unprintable)
+    rng = np.random.default_rng(seed)
+    sequences = [engine.start() for _ in range(_BATCH)]
+    logits = np.stack([engine.prefill(sequence, start) for sequence in sequences])
+    replies: list[list[int]] = [[] for _ in sequences]
+    for step in range(length):
+        tokens = _draw(logits, barred, rng)
+        for reply, token in zip(replies, tokens, strict=True):
+            reply.append(token)
+        job.advance()
+        if step + 1 < length:
+            logits = engine.step(sequences, tokens)
+    return [model.decode([*start, *reply]) for reply in replies]
+
+
+def _draw(logits: np.ndarray, barred: list[int], rng: np.random.Generator) -> list[int]:
+    """One token per row of logits (n, vocab), from the whole distribution but the barred tokens."""
+    weights = logits.astype(np.float64)
+    weights[:, barred] = -np.inf
+    if not np.isfinite(weights.max(axis=1)).all():
+        raise CorpusError("The model's logits are not finite, so no text can be sampled from it.")
+    weights = np.cumsum(np.exp(weights - weights.max(axis=1, keepdims=True)), axis=1)
+    drawn = rng.random(len(weights)) * weights[:, -1]
+    return [int(np.searchsorted(row, value, side="right")) for row, value in zip(weights, drawn, strict=True)]
