@@ -24,8 +24,12 @@ DEFAULT_TOKENS = 8192
 DEFAULT_LENGTH = 576  # leaves room for a window of 512: text encoded again can be a few tokens shorter
 _BATCH = 8
 
-# Chat models never saw an empty page, and some models have no beginning token: they continue one of these.
-NEUTRAL_STARTS = ("The", "In", "When", "It", "There are", "How", "For example,", "A")
+# Chat models never saw an empty page, and some models have no beginning token: their documents continue one of these in
+# turn. A third is not English: a model that is fitted to its English alone loses what else it can.
+NEUTRAL_STARTS = (
+    *("The", "In", "これは", "When", "It", "Le", "There are", "How"),
+    *("这是", "For example,", "A", "El"),
+)
 
 
 def sample_corpus(
@@ -58,7 +62,7 @@ def sample_corpus(
     engine = open_engine(model)
     try:
         for batch in range(batches):
-            for text in _sample_batch(engine, _stream(split, seed, batch), _start(model, batch), length, job):
+            for text in _sample_batch(engine, _stream(split, seed, batch), _starts(model, batch), length, job):
                 documents.append(Document(f"self/{split}/{len(documents):04d}", text, "self", "unknown"))
     finally:
         engine.close()
@@ -71,13 +75,15 @@ def _stream(split: Split, seed: int, batch: int) -> int:
     return int.from_bytes(digest[:8], "big") >> 1
 
 
-def _start(model: LoadedModel, batch: int) -> list[int]:
+def _starts(model: LoadedModel, batch: int) -> list[list[int]]:
+    """What each document of a batch begins with."""
     if model.bos is not None and getattr(model.tokenizer, "chat_template", None) is None:
-        return [model.bos]
-    return model.encode(NEUTRAL_STARTS[batch % len(NEUTRAL_STARTS)])
+        return [[model.bos]] * _BATCH
+    first = batch * _BATCH
+    return [model.encode(NEUTRAL_STARTS[i % len(NEUTRAL_STARTS)]) for i in range(first, first + _BATCH)]
 
 
-def _sample_batch(engine: Engine, seed: int, start: list[int], length: int, job: Job) -> list[str]:
+def _sample_batch(engine: Engine, seed: int, starts: list[list[int]], length: int, job: Job) -> list[str]:
     """Sample ``_BATCH`` texts side by side; the job may stop between two tokens."""
     model = engine.model
     # Ends and other special tokens would leave the text; ids past the tokenizer's own have no text at all.
@@ -86,7 +92,7 @@ def _sample_batch(engine: Engine, seed: int, start: list[int], length: int, job:
     barred = sorted(unprintable)
     rng = np.random.default_rng(seed)
     sequences = [engine.start() for _ in range(_BATCH)]
-    logits = np.stack([engine.prefill(sequence, start) for sequence in sequences])
+    logits = np.stack([engine.prefill(sequence, start) for sequence, start in zip(sequences, starts, strict=True)])
     replies: list[list[int]] = [[] for _ in sequences]
     for step in range(length):
         tokens = _draw(logits, barred, rng)
@@ -95,15 +101,17 @@ def _sample_batch(engine: Engine, seed: int, start: list[int], length: int, job:
         job.advance()
         if step + 1 < length:
             logits = engine.step(sequences, tokens)
-    return [model.decode([*start, *reply]) for reply in replies]
+    return [model.decode([*start, *reply]) for start, reply in zip(starts, replies, strict=True)]
 
 
 def _draw(logits: np.ndarray, barred: list[int], rng: np.random.Generator) -> list[int]:
     """One token per row of logits (n, vocab), from the whole distribution but the barred tokens."""
-    weights = logits.astype(np.float64)
+    weights = logits.copy()
     weights[:, barred] = -np.inf
-    if not np.isfinite(weights.max(axis=1)).all():
+    weights -= weights.max(axis=1, keepdims=True)
+    np.exp(weights, out=weights)
+    weights = np.cumsum(weights, axis=1, dtype=np.float64)
+    if not (weights[:, -1] > 0).all():
         raise CorpusError("The model's logits are not finite, so no text can be sampled from it.")
-    weights = np.cumsum(np.exp(weights - weights.max(axis=1, keepdims=True)), axis=1)
     drawn = rng.random(len(weights)) * weights[:, -1]
     return [int(np.searchsorted(row, value, side="right")) for row, value in zip(weights, drawn, strict=True)]
