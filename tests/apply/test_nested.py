@@ -187,14 +187,15 @@ def divergence(model: LoadedModel, codes: dict[str, NestedCodes], bits: int, win
     return float((p.exp() * (p - q)).sum(-1).mean())
 
 
-def test_tuned_scales_bring_every_width_closer_to_the_dense_model(tiny_model: LoadedModel) -> None:
+def test_tuned_scales_bring_low_widths_closer_to_the_dense_model(tiny_model: LoadedModel) -> None:
     windows = tokens_of(count=2)
     linears = tiny_model.architecture.linears
-    codes = {x.id: round_matrix(tiny_model.linear_module(x.id).weight, (2, 3, 4), 16) for x in linears}
+    codes = {x.id: round_matrix(tiny_model.linear_module(x.id).weight, (2, 3, 4, 5), 16) for x in linears}
     tuned = tune_scales(tiny_model, codes, windows, 24, Job())
     for bits in (2, 3, 4):
         assert divergence(tiny_model, tuned, bits, windows) < 0.95 * divergence(tiny_model, codes, bits, windows)
     for name, before in codes.items():
+        assert torch.equal(tuned[name].scales[5], before.scales[5])  # nothing to gain there
         assert torch.equal(tuned[name].codes, before.codes)
         assert all(torch.equal(tuned[name].zeros[bits], before.zeros[bits]) for bits in before.widths)
 
@@ -255,7 +256,7 @@ def traces_of(model: LoadedModel) -> list[Any]:
     return [parameters, hooks, model.module.training, torch.get_num_threads()]
 
 
-@pytest.mark.parametrize("stage", ["sample text", "measure", "fit nested", "tune scales at 3", "tune scales at 6", ""])
+@pytest.mark.parametrize("stage", ["sample text", "measure", "fit nested", "tune scales at 3", "tune scales at 4", ""])
 def test_the_model_is_left_as_it_was_also_when_cancelled(tiny_model: LoadedModel, stage: str) -> None:
     before, weights = traces_of(tiny_model), {k: v.clone() for k, v in tiny_model.module.state_dict().items()}
     recipe = Recipe.for_model(tiny_model, NestedConfig(**SMALL | {"tune_steps": 2}))

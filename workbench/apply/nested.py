@@ -30,7 +30,7 @@ _BATCH = 8  # documents that are sampled together
 _WORKERS = 4  # matrices fitted at once: each holds some ten copies of its weights
 
 # Damping of the moments, as a share of their mean power: the more, the fewer calibration tokens there are per channel
-# and the heavier the tails of the inputs. Found on SmolLM2-135M, whose damage is flat within a factor of two of these.
+# and the heavier the tails of the inputs. Found on SmolLM2-135M, on other text than is sampled here.
 _DAMPING: dict[UnitKind, float] = {"qkv": 0.1, "o": 0.2, "gate_up": 0.25, "down": 0.3}
 
 
@@ -53,7 +53,7 @@ class NestedConfig(MethodConfig):
         fit: ``compensated`` chooses codes against the activations on text sampled from the model
             (``apply.nested_fit``); ``rounded`` looks at the weights alone and takes seconds.
         calibration_tokens: how much text is sampled.
-        tune_steps: steps of tuning the scales per width against the dense model; 0 is none.
+        tune_steps: steps of tuning the scales of each width up to 4 bits against the dense model; 0 is none.
         output_bits: width of the embedding and the output layer, which are not nested.
     """
 
@@ -61,7 +61,7 @@ class NestedConfig(MethodConfig):
     widths: Annotated[tuple[Whole, ...], AfterValidator(_widths)] = (3, 4, 5, 6)
     group_size: Annotated[Whole, Field(ge=8)] = 64
     fit: Literal["compensated", "rounded"] = "compensated"
-    calibration_tokens: Annotated[Whole, Field(ge=_BATCH * _SHORTEST)] = 4608
+    calibration_tokens: Annotated[Whole, Field(ge=_BATCH * _SHORTEST)] = 13824
     tune_steps: Annotated[Whole, Field(ge=0)] = 8
     output_bits: Bits = 8
 

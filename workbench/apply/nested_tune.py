@@ -15,8 +15,9 @@ from workbench.formats.nested import NestedCodes, zero_points
 from workbench.models.base import LoadedModel
 from workbench.progress import Job
 
-# Relative change of a scale per step at 3 bits, falling to zero as a cosine. Half of it for every bit more, as steps of
-# the codes are: at one rate for all, the wide widths would lose more to the noise of few windows than they gain.
+WIDEST = 4  # bits that are tuned: above, a handful of windows is as much noise as there is to gain
+# Relative change of a scale per step at 3 bits, falling to zero as a cosine; half of it for every bit more, as the steps
+# of the codes are.
 _RATE = 4e-3
 _MOMENTUM, _MEMORY = 0.8, 0.95  # of Adam; shorter than usual, since there are only some dozen steps
 _FP16_TINY = 2.0**-24
@@ -25,9 +26,9 @@ _FP16_TINY = 2.0**-24
 def tune_scales(
     model: LoadedModel, codes: Mapping[str, NestedCodes], windows: Sequence[Sequence[int]], steps: int, job: Job
 ) -> dict[str, NestedCodes]:
-    """Return the same codes with scales under which the model at every width comes closer to the dense one.
+    """Return the same codes with scales under which the model at widths up to ``WIDEST`` comes closer to the dense one.
 
-    Per width ``steps`` steps of Adam (Kingma and Ba 2015), each on one window, minimise the mean KL divergence of the
+    Per such width ``steps`` steps of Adam (Kingma and Ba 2015), each on one window, minimise the mean KL divergence of the
     dense model's next-token distribution from that of the model read at this width. Scales belong to one width, so
     widths are tuned apart; codes and zero points stay.
 
@@ -47,7 +48,7 @@ def tune_scales(
         ids = [torch.tensor([list(window)], device=model.device) for window in windows[:steps]]
         with torch.no_grad():
             dense = [_hidden(model, tokens) for tokens in ids]
-        for bits in widths:
+        for bits in [bits for bits in widths if bits <= WIDEST]:
             job.stage(f"tune scales at {bits} bits", steps)
             tuned = {name: _Scales(nested, bits, model) for name, nested in codes.items()}
             with _in_place_of_dense(model, tuned), torch.enable_grad():
