@@ -16,8 +16,8 @@ from workbench.models.base import LoadedModel
 from workbench.progress import Job
 
 WIDEST = 4  # bits that are tuned: above, a handful of windows is as much noise as there is to gain
-# Relative change of a scale per step at 3 bits, falling to zero as a cosine; half of it for every bit more, as the steps
-# of the codes are.
+# Relative change of a scale per step at 3 bits, falling to zero as a cosine; half of it for every bit more, as steps of
+# the codes are.
 _RATE = 4e-3
 _MOMENTUM, _MEMORY = 0.8, 0.95  # of Adam; shorter than usual, since there are only some dozen steps
 _FP16_TINY = 2.0**-24
@@ -28,9 +28,9 @@ def tune_scales(
 ) -> dict[str, NestedCodes]:
     """Return the same codes with scales under which the model at widths up to ``WIDEST`` comes closer to the dense one.
 
-    Per such width ``steps`` steps of Adam (Kingma and Ba 2015), each on one window, minimise the mean KL divergence of the
-    dense model's next-token distribution from that of the model read at this width. Scales belong to one width, so
-    widths are tuned apart; codes and zero points stay.
+    Per such width ``steps`` steps of Adam (Kingma and Ba 2015), each on one window, minimise the mean KL divergence of
+    the dense model's next-token distribution from that of the model read at this width. Scales belong to one width,
+    so widths are tuned apart; codes and zero points stay.
 
     Args:
         model: the dense model; left as it was, also after an error or a cancel.
