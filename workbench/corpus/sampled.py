@@ -51,7 +51,8 @@ def sample_corpus(
     """
     length = DEFAULT_LENGTH if length is None else length
     n_tokens = DEFAULT_TOKENS if n_tokens is None else n_tokens
-    longest = model.architecture.context_length - 8  # the longest start, with the beginning token
+    starts = _starts(model)
+    longest = model.architecture.context_length - max(map(len, starts))
     length = min(length, longest)
     if length < 1 or n_tokens < 1:
         raise CorpusError(f"Cannot sample {n_tokens} tokens in documents of {length}: both must be at least 1.")
@@ -62,7 +63,8 @@ def sample_corpus(
     engine = open_engine(model)
     try:
         for batch in range(batches):
-            for text in _sample_batch(engine, _stream(split, seed, batch), _starts(model, batch), length, job):
+            here = [starts[(batch * _BATCH + i) % len(starts)] for i in range(_BATCH)]
+            for text in _sample_batch(engine, _stream(split, seed, batch), here, length, job):
                 documents.append(Document(f"self/{split}/{len(documents):04d}", text, "self", "unknown"))
     finally:
         engine.close()
@@ -75,12 +77,11 @@ def _stream(split: Split, seed: int, batch: int) -> int:
     return int.from_bytes(digest[:8], "big") >> 1
 
 
-def _starts(model: LoadedModel, batch: int) -> list[list[int]]:
-    """What each document of a batch begins with."""
+def _starts(model: LoadedModel) -> list[list[int]]:
+    """What documents begin with, in turn."""
     if model.bos is not None and getattr(model.tokenizer, "chat_template", None) is None:
-        return [[model.bos]] * _BATCH
-    first = batch * _BATCH
-    return [model.encode(NEUTRAL_STARTS[i % len(NEUTRAL_STARTS)]) for i in range(first, first + _BATCH)]
+        return [[model.bos]]
+    return [model.encode(start) for start in NEUTRAL_STARTS]
 
 
 def _sample_batch(engine: Engine, seed: int, starts: list[list[int]], length: int, job: Job) -> list[str]:
