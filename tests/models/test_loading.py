@@ -169,7 +169,11 @@ def test_a_damaged_tokenizer_is_refused(folder):
         ("owner/name@../main", "is not a revision"),
     ],
 )
-def test_wrong_names_are_refused_before_any_connection(monkeypatch, source, match):
+def test_wrong_names_are_refused_before_any_connection(monkeypatch, tmp_path, source, match):
+    here = tmp_path / "empty"
+    here.mkdir()
+    monkeypatch.chdir(here)  # what lies beside the checkout is nobody's model
+
     def fetch(*_):
         raise AssertionError("asked the hub")
 
