@@ -176,9 +176,10 @@ class Controller:
 
     def cancel(self) -> None:
         """Stop the work under way at its next safe point; nothing happens where there is none."""
-        if self._state.busy:
-            self._job.cancel()
-            self._change(cancelling=True, message=f"{self._state.busy}: cancelling.")
+        with self._lock:  # said before it is done: work that ends at once must have the last word
+            if self._state.busy:
+                self._change(cancelling=True, message=f"{self._state.busy}: cancelling.")
+                self._job.cancel()
 
     def wait(self) -> State:
         """Block until nothing is under way, and return the state. What the work raised, if anything, is raised here."""
