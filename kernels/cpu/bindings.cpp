@@ -374,7 +374,8 @@ NB_MODULE(_cpu, m) {
       .def("add_rotation", [](Engine& e, const std::string& name, Floats2 v) { e.decoder.add_transform(name, {wb::TransformKind::rotation, {v.data(), v.data() + v.shape(0) * v.shape(1)}, {}}); })
       .def("add_decider",
            [](Engine& e, const std::string& tap, int block, const std::string& scope, int every, float initial, const std::string& program,
-              std::vector<float> numbers, std::optional<Floats2> matrix, std::vector<int> positions, double bytes) {
+              std::vector<float> numbers, std::optional<Floats2> matrix, std::vector<int> positions, double bytes, std::vector<float> thresholds,
+              std::vector<float> values, int first) {
              wb::Decider d;
              const char* const taps[wb::kTaps] = {"residual", "block_input", "attention_output", "mlp_input", "mlp_inner"};
              const auto found = std::find(std::begin(taps), std::end(taps), tap);
@@ -383,26 +384,30 @@ NB_MODULE(_cpu, m) {
              d.bytes = bytes;
              d.scope = scope == "reply" ? wb::ScopeKind::reply : scope == "every" ? wb::ScopeKind::every : wb::ScopeKind::token;
              d.block = block, d.every = std::max(every, 1), d.initial = initial;
-             if (program == "norm_threshold" && numbers.size() == 3) d.program = wb::norm_threshold(numbers[0], numbers[1], numbers[2]);
+             wb::Levels levels{std::move(thresholds), std::move(values), first};
+             if (program == "norm_levels") d.program = wb::norm_levels(std::move(levels));
+             else if (program == "importance_levels" && matrix && numbers.size() == 3)
+               d.program = wb::importance_levels({matrix->data(), matrix->data() + matrix->shape(1)}, numbers[0], numbers[1], numbers[2], std::move(levels));
              else if (program == "projection_mask" && matrix && numbers.size() == 1)
                d.program = wb::projection_mask({matrix->data(), matrix->data() + matrix->shape(0) * matrix->shape(1)}, checked(matrix->shape(0)),
                                                checked(matrix->shape(1)), static_cast<int>(numbers[0]));
-             else if (program == "projection_threshold" && matrix && matrix->shape(1) > 1 && numbers.size() == 3) {
+             else if (program == "projection_levels" && matrix && matrix->shape(1) > 1) {
                const std::size_t n = matrix->shape(0), width = matrix->shape(1) - 1;  // each row ends with its scale
-               std::vector<float> values, scales;
+               std::vector<float> codes, scales;
                for (std::size_t r = 0; r < n; ++r) {
                  const float* row = matrix->data() + r * (width + 1);
-                 values.insert(values.end(), row, row + width);
+                 codes.insert(codes.end(), row, row + width);
                  scales.push_back(row[width]);
                }
-               d.program = wb::projection_threshold(values, std::move(scales), numbers[0], numbers[1], numbers[2]);
-             } else if (program == "linear_levels" && matrix && numbers.size() >= 2)
-               d.program = wb::linear_levels({matrix->data(), matrix->data() + matrix->shape(1)}, numbers[0], numbers[1] != 0, {numbers.begin() + 2, numbers.end()});
+               d.program = wb::projection_levels(codes, std::move(scales), std::move(levels));
+             } else if (program == "linear_levels" && matrix && numbers.size() == 2)
+               d.program = wb::linear_levels({matrix->data(), matrix->data() + matrix->shape(1)}, numbers[0], numbers[1] != 0, std::move(levels));
              else if (program == "position_table") d.program = wb::position_table(std::move(positions), std::move(numbers));
              else throw std::invalid_argument("Unknown program '" + program + "'.");
              e.decoder.add_decider(std::move(d));
            },
-           "tap"_a, "block"_a, "scope"_a, "every"_a, "initial"_a, "program"_a, "numbers"_a, "matrix"_a.none(), "positions"_a, "bytes"_a)
+           "tap"_a, "block"_a, "scope"_a, "every"_a, "initial"_a, "program"_a, "numbers"_a, "matrix"_a.none(), "positions"_a, "bytes"_a, "thresholds"_a, "values"_a, "first"_a)
+      .def("set_thresholds", [](Engine& e, int slot, std::vector<float> thresholds) { e.decoder.set_thresholds(slot, std::move(thresholds)); })
       .def("add_consumer", [](Engine& e, int slot, const std::string& kind, const std::string& target, std::vector<int> widths, std::vector<int> levels) {
         e.decoder.add_consumer(slot, kind, target, std::move(widths), std::move(levels));
       })

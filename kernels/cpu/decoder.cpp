@@ -139,6 +139,10 @@ void Decoder::add_decider(Decider decider) {
   deciders_.push_back(std::move(decider));
 }
 
+void Decoder::set_thresholds(int slot, std::vector<float> thresholds) {
+  deciders_.at(static_cast<std::size_t>(slot)).program->set_thresholds(std::move(thresholds));
+}
+
 void Decoder::add_consumer(int slot, const std::string& kind, const std::string& target, std::vector<int> widths, std::vector<int> levels) {
   if (finished_) throw std::logic_error("This decoder is complete: nothing can be added.");
   std::sort(widths.begin(), widths.end());  // a width named twice must not be added twice

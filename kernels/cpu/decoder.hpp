@@ -103,6 +103,8 @@ class Decoder {
   void add_transform(const std::string& linear, Transform transform);
   // Deciders in the order of their slots; consumers name a slot, a kind and a target as the plan does.
   void add_decider(Decider decider);
+  // Of a decider's program, at any time between two passes.
+  void set_thresholds(int slot, std::vector<float> thresholds);
   void add_consumer(int slot, const std::string& kind, const std::string& target, std::vector<int> widths, std::vector<int> levels = {});
   void finish();
 

@@ -56,6 +56,7 @@ struct Kernels {
   Attend attend_f32;
   Attend attend_f16;
   float (*dot_i8)(const std::int8_t* a, const float* x, int n);
+  float (*squares)(const float* x, int n);  // their sum
   void (*to_fp16)(const float* x, int n, std::uint16_t* y);
   void (*to_bf16)(const float* x, int n, std::uint16_t* y);
   double (*log_sum_exp)(const float* x, int n);

@@ -27,6 +27,7 @@ constexpr Kernels make_kernels(Isa isa) {
   k.attend_f32 = attend<V, float>;
   k.attend_f16 = attend<V, std::uint16_t>;
   k.dot_i8 = dot_i8<V>;
+  k.squares = squares<V>;
   k.to_fp16 = to_fp16<V>;
   k.to_bf16 = to_bf16<V>;
   k.log_sum_exp = log_sum_exp<V>;

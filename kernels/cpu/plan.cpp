@@ -6,31 +6,51 @@
 #include <limits>
 #include <numeric>
 #include <stdexcept>
+#include <string>
 
 namespace wb {
 
 namespace {
 
-class NormThreshold final : public Program {
+// How far a score gets in the thresholds, as one of the levels' values.
+class LevelsProgram : public Program {
  public:
-  NormThreshold(float threshold, float low, float high) : threshold_(threshold), low_(low), high_(high) {}
+  explicit LevelsProgram(Levels levels) : levels_(std::move(levels)) {
+    if (levels_.values.size() != levels_.thresholds.size() + 1) throw std::invalid_argument("Levels have one value more than thresholds.");
+    check(levels_.thresholds);
+  }
   int size() const override { return 1; }
-  void run(const Kernels&, const float* tap, int width, int, float* to) const override {
-    double squares = 0;
-    for (int i = 0; i < width; ++i) squares += static_cast<double>(tap[i]) * static_cast<double>(tap[i]);
-    *to = std::sqrt(squares) > static_cast<double>(threshold_) ? high_ : low_;
+  void run(const Kernels& k, const float* tap, int width, int position, float* to) const override {
+    const auto& cuts = levels_.thresholds;
+    std::size_t level = cuts.size();
+    if (position >= levels_.first) {
+      const float score = this->score(k, tap, width);
+      level = static_cast<std::size_t>(std::lower_bound(cuts.begin(), cuts.end(), score) - cuts.begin());
+    }
+    *to = levels_.values[level];
+  }
+  void set_thresholds(std::vector<float> thresholds) override {
+    if (thresholds.size() != levels_.thresholds.size()) throw std::invalid_argument("A decision has " + std::to_string(levels_.thresholds.size()) + " thresholds.");
+    check(thresholds);
+    levels_.thresholds = std::move(thresholds);
   }
 
+ protected:
+  virtual float score(const Kernels& k, const float* tap, int width) const = 0;
+
  private:
-  float threshold_, low_, high_;
+  static void check(const std::vector<float>& thresholds) {
+    if (!std::is_sorted(thresholds.begin(), thresholds.end())) throw std::invalid_argument("Thresholds of levels must ascend.");
+  }
+  Levels levels_;
 };
 
-class ProjectionThreshold final : public Program {
+// Rows of int8 codes, each with its step.
+class Int8Rows {
  public:
-  ProjectionThreshold(const std::vector<float>& matrix, std::vector<float> scales, float threshold, float low, float high)
-      : scales_(std::move(scales)), threshold_(threshold), low_(low), high_(high) {
-    const std::size_t rows = scales_.size();
-    if (rows == 0 || matrix.empty() || matrix.size() % rows != 0) throw std::invalid_argument("A projection needs one scale per row of its matrix.");
+  Int8Rows(const std::vector<float>& matrix, std::vector<float> steps) : steps_(std::move(steps)) {
+    const std::size_t rows = steps_.size();
+    if (rows == 0 || matrix.empty() || matrix.size() % rows != 0) throw std::invalid_argument("A projection needs one step per row of its matrix.");
     width_ = static_cast<int>(matrix.size() / rows);
     stride_ = round_up(static_cast<std::size_t>(width_), 16);
     codes_ = Array<std::int8_t>(rows * stride_);
@@ -41,49 +61,85 @@ class ProjectionThreshold final : public Program {
         codes_[r * stride_ + static_cast<std::size_t>(c)] = static_cast<std::int8_t>(value);
       }
   }
-  int size() const override { return 1; }
-  void run(const Kernels& k, const float* tap, int width, int, float* to) const override {
-    double squares = 0;
-    for (std::size_t r = 0; r < scales_.size(); ++r) {
-      const double part = static_cast<double>(scales_[r]) * static_cast<double>(k.dot_i8(codes_.data() + r * stride_, tap, std::min(width, width_)));
-      squares += part * part;
-    }
-    *to = std::sqrt(squares) > static_cast<double>(threshold_) ? high_ : low_;
+  std::size_t rows() const { return steps_.size(); }
+  double dot(const Kernels& k, std::size_t r, const float* x, int n) const {
+    return static_cast<double>(steps_[r]) * static_cast<double>(k.dot_i8(codes_.data() + r * stride_, x, std::min(n, width_)));
   }
 
  private:
   Array<std::int8_t> codes_;
-  std::vector<float> scales_;
-  float threshold_, low_, high_;
+  std::vector<float> steps_;
   int width_ = 0;
   std::size_t stride_ = 0;
 };
 
-class LinearLevels final : public Program {
+class NormLevels final : public LevelsProgram {
  public:
-  LinearLevels(std::vector<float> weights, float bias, bool rms, std::vector<float> thresholds)
-      : weights_(std::move(weights)), bias_(bias), rms_(rms), thresholds_(std::move(thresholds)) {
-    if (weights_.empty() || !std::is_sorted(thresholds_.begin(), thresholds_.end()))
-      throw std::invalid_argument("Levels need weights, and thresholds that ascend.");
+  using LevelsProgram::LevelsProgram;
+
+ protected:
+  float score(const Kernels& k, const float* tap, int width) const override { return std::sqrt(k.squares(tap, width)); }
+};
+
+class ImportanceLevels final : public LevelsProgram {
+ public:
+  ImportanceLevels(const std::vector<float>& weights, float step, float bias, float floor, Levels levels)
+      : LevelsProgram(std::move(levels)), weights_(weights, {step}), bias_(bias), floor_(floor) {
+    if (!(floor > 0)) throw std::invalid_argument("An importance needs a floor above zero.");
   }
-  int size() const override { return 1; }
-  void run(const Kernels&, const float* tap, int width, int, float* to) const override {
-    const int n = std::min(width, static_cast<int>(weights_.size()));
-    double sum = 0, squares = 0;
-    for (int i = 0; i < n; ++i) {
-      sum += static_cast<double>(weights_[static_cast<std::size_t>(i)]) * static_cast<double>(tap[i]);
-      squares += static_cast<double>(tap[i]) * static_cast<double>(tap[i]);
+
+ protected:
+  float score(const Kernels& k, const float* tap, int width) const override {
+    const double squares = static_cast<double>(k.squares(tap, width));
+    const double sum = weights_.dot(k, 0, tap, width) / std::sqrt(squares / width + 1e-12);
+    const double importance = std::max(sum + static_cast<double>(bias_), static_cast<double>(floor_));
+    return static_cast<float>(std::sqrt(squares * std::sqrt(importance)));
+  }
+
+ private:
+  Int8Rows weights_;
+  float bias_, floor_;
+};
+
+class ProjectionLevels final : public LevelsProgram {
+ public:
+  ProjectionLevels(const std::vector<float>& matrix, std::vector<float> steps, Levels levels)
+      : LevelsProgram(std::move(levels)), rows_(matrix, std::move(steps)) {}
+
+ protected:
+  float score(const Kernels& k, const float* tap, int width) const override {
+    double squares = 0;
+    for (std::size_t r = 0; r < rows_.rows(); ++r) {
+      const double part = rows_.dot(k, r, tap, width);
+      squares += part * part;
     }
-    if (rms_) sum /= std::sqrt(squares / n + 1e-12);
-    const float score = static_cast<float>(sum) + bias_;
-    *to = static_cast<float>(std::lower_bound(thresholds_.begin(), thresholds_.end(), score) - thresholds_.begin());
+    return static_cast<float>(std::sqrt(squares));
+  }
+
+ private:
+  Int8Rows rows_;
+};
+
+class LinearLevels final : public LevelsProgram {
+ public:
+  LinearLevels(std::vector<float> weights, float bias, bool rms, Levels levels)
+      : LevelsProgram(std::move(levels)), weights_(std::move(weights)), bias_(bias), rms_(rms) {
+    if (weights_.empty()) throw std::invalid_argument("A linear score needs weights.");
+  }
+
+ protected:
+  float score(const Kernels& k, const float* tap, int width) const override {
+    const int n = std::min(width, static_cast<int>(weights_.size()));
+    double sum = 0;
+    for (int i = 0; i < n; ++i) sum += static_cast<double>(weights_[static_cast<std::size_t>(i)]) * static_cast<double>(tap[i]);
+    if (rms_) sum /= std::sqrt(static_cast<double>(k.squares(tap, n)) / n + 1e-12);
+    return static_cast<float>(sum) + bias_;
   }
 
  private:
   std::vector<float> weights_;
   float bias_;
   bool rms_;
-  std::vector<float> thresholds_;
 };
 
 class ProjectionMask final : public Program {
@@ -135,16 +191,22 @@ class PositionTable final : public Program {
 
 }  // namespace
 
-std::unique_ptr<Program> norm_threshold(float threshold, float low, float high) {
-  return std::make_unique<NormThreshold>(threshold, low, high);
+void Program::set_thresholds(std::vector<float>) { throw std::invalid_argument("This decision has no thresholds."); }
+
+std::unique_ptr<Program> norm_levels(Levels levels) {
+  return std::make_unique<NormLevels>(std::move(levels));
 }
 
-std::unique_ptr<Program> projection_threshold(const std::vector<float>& matrix, std::vector<float> scales, float threshold, float low, float high) {
-  return std::make_unique<ProjectionThreshold>(matrix, std::move(scales), threshold, low, high);
+std::unique_ptr<Program> importance_levels(const std::vector<float>& weights, float step, float bias, float floor, Levels levels) {
+  return std::make_unique<ImportanceLevels>(weights, step, bias, floor, std::move(levels));
 }
 
-std::unique_ptr<Program> linear_levels(std::vector<float> weights, float bias, bool rms, std::vector<float> thresholds) {
-  return std::make_unique<LinearLevels>(std::move(weights), bias, rms, std::move(thresholds));
+std::unique_ptr<Program> projection_levels(const std::vector<float>& matrix, std::vector<float> steps, Levels levels) {
+  return std::make_unique<ProjectionLevels>(matrix, std::move(steps), std::move(levels));
+}
+
+std::unique_ptr<Program> linear_levels(std::vector<float> weights, float bias, bool rms, Levels levels) {
+  return std::make_unique<LinearLevels>(std::move(weights), bias, rms, std::move(levels));
 }
 
 std::unique_ptr<Program> projection_mask(std::vector<float> matrix, int size, int width, int keep) {

@@ -22,16 +22,27 @@ class Program {
   virtual ~Program() = default;
   virtual int size() const = 0;
   virtual void run(const Kernels& k, const float* tap, int width, int position, float* to) const = 0;
+  // As many as before, ascending; in force from the next run on.
+  virtual void set_thresholds(std::vector<float> thresholds);
 };
 
-// `high` where the Euclidean norm exceeds `threshold`, else `low`.
-std::unique_ptr<Program> norm_threshold(float threshold, float low, float high);
+// A score becomes a value: values[n] where n of the ascending thresholds lie below it. At the `first` positions of a
+// sequence the last value, whatever the score.
+struct Levels {
+  std::vector<float> thresholds, values;
+  int first = 0;
+};
+
+// Levels of the Euclidean norm.
+std::unique_ptr<Program> norm_levels(Levels levels);
 // 1 for the `keep` largest entries of matrix (size, width) times the tap, else 0; ties go to the lower index.
 std::unique_ptr<Program> projection_mask(std::vector<float> matrix, int size, int width, int keep);
-// `high` where the norm of scale * matrix (rows, width) times the tap exceeds `threshold`, else `low`.
-std::unique_ptr<Program> projection_threshold(const std::vector<float>& matrix, std::vector<float> scales, float threshold, float low, float high);
-// How many of the ascending thresholds weights * tap + bias exceeds; `rms`: of the tap over its root mean square.
-std::unique_ptr<Program> linear_levels(std::vector<float> weights, float bias, bool rms, std::vector<float> thresholds);
+// Levels of the norm of the tap x, times the fourth root of max(step * weights * x / rms(x) + bias, floor); int8 weights.
+std::unique_ptr<Program> importance_levels(const std::vector<float>& weights, float step, float bias, float floor, Levels levels);
+// Levels of the norm of steps * matrix (rows, width; int8) times the tap.
+std::unique_ptr<Program> projection_levels(const std::vector<float>& matrix, std::vector<float> steps, Levels levels);
+// Levels of weights * tap + bias; `rms`: of the tap over its root mean square.
+std::unique_ptr<Program> linear_levels(std::vector<float> weights, float bias, bool rms, Levels levels);
 // The value of the last entry whose position is not after the row's.
 std::unique_ptr<Program> position_table(std::vector<int> positions, std::vector<float> values);
 

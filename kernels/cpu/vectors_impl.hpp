@@ -192,6 +192,19 @@ float dot_i8(const std::int8_t* a, const float* x, int n) {
 }
 
 template <class V>
+float squares(const float* x, int n) {
+  auto total = V::zero();
+  int i = 0;
+  for (; i + 16 <= n; i += 16) {
+    const auto part = V::load(x + i);
+    total = V::fma(part, part, total);
+  }
+  float sum = V::sum(total);
+  for (; i < n; ++i) sum += x[i] * x[i];
+  return sum;
+}
+
+template <class V>
 void to_fp16(const float* x, int n, std::uint16_t* y) {
   for (int i = 0; i < n; i += 16) {
     std::uint16_t part[16];

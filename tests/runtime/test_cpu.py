@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import math
 import subprocess
 import sys
 import threading
@@ -35,14 +36,15 @@ from workbench.runtime.plan import (
     PATH_SKIP_MLP,
     Consumer,
     Decider,
+    ImportanceLevels,
     InputTransform,
     LinearLevels,
-    NormThreshold,
+    NormLevels,
     Plan,
     Policy,
     PositionTable,
+    ProjectionLevels,
     ProjectionMask,
-    ProjectionThreshold,
     Scope,
     Tap,
 )
@@ -165,8 +167,8 @@ def test_the_embedded_model_agrees_over_256_tokens(embedded_model: LoadedModel) 
 def token_plan() -> Plan:
     return Plan(
         deciders=(
-            Decider("cut", Tap("block_input", 1), NormThreshold(7.0, 0.0, 0.4), Scope("token")),
-            Decider("path", Tap("residual", 2), NormThreshold(4.0, PATH_FULL, PATH_SKIP_MLP), Scope("token")),
+            Decider("cut", Tap("block_input", 1), NormLevels((7.0,), (0.0, 0.4)), Scope("token")),
+            Decider("path", Tap("residual", 2), NormLevels((4.0,), (PATH_FULL, PATH_SKIP_MLP)), Scope("token")),
         ),
         consumers=(
             Consumer("cut", "input_threshold", "blocks.1.gate_up"),
@@ -191,7 +193,7 @@ def every_plan() -> Plan:
 def reply_plan() -> Plan:
     return Plan(
         deciders=(
-            Decider("path", Tap("residual", 2), NormThreshold(0.0, PATH_FULL, PATH_SKIP_BLOCK), Scope("reply")),
+            Decider("path", Tap("residual", 2), NormLevels((0.0,), (PATH_FULL, PATH_SKIP_BLOCK)), Scope("reply")),
             Decider("table", Tap("residual", 0), PositionTable((0, 30), (0.0, PATH_SKIP_ATTENTION)), Scope("token")),
         ),
         consumers=(Consumer("path", "path", "blocks.1"), Consumer("table", "path", "blocks.0")),
@@ -246,24 +248,55 @@ def width_decisions(widths: tuple[int, ...] = (3, 5, 8)) -> Plan:
     """A projection of what each part of the MLP reads, and levels that move several units at once."""
     random = np.random.default_rng(4)
 
-    def projection(width: int, threshold: float) -> ProjectionThreshold:
+    def projection(width: int, threshold: float) -> ProjectionLevels:
         matrix = random.integers(-127, 128, (5, width)).astype(np.int8)
-        return ProjectionThreshold(matrix, np.full(5, 0.01, np.float32), threshold, widths[0], widths[1])
+        return ProjectionLevels((threshold,), (widths[0], widths[1]), matrix=matrix, steps=np.full(5, 0.01, np.float32))
 
     weights = random.standard_normal(48).astype(np.float32)
+    importance = random.integers(-127, 128, 48).astype(np.int8)
     return Plan(
         deciders=(
+            Decider(
+                "qkv",
+                Tap("block_input", 0),
+                ImportanceLevels((6.2, 6.6), weights=importance, step=0.01, bias=1.0, floor=0.1, first=3),
+                Scope("token"),
+            ),
             Decider("gate_up", Tap("mlp_input", 1), projection(48, 9.0), Scope("token"), default=widths[0]),
             Decider("down", Tap("mlp_inner", 1), projection(96, 8), Scope("token"), default=widths[0]),
-            Decider("level", Tap("residual", 1), LinearLevels(weights, 0.3, (-2.0, 3.0)), Scope("token")),
+            Decider("level", Tap("residual", 1), LinearLevels((-2.0, 3.0), weights=weights, bias=0.3), Scope("token")),
         ),
         consumers=(
+            Consumer("qkv", "width", "blocks.0.qkv", widths, widths),
             Consumer("gate_up", "width", "blocks.1.gate_up", widths),
             Consumer("down", "width", "blocks.1.down", widths),
             Consumer("level", "width", "blocks.1.o", widths, (3, 3, 8)),
             Consumer("level", "width", "blocks.2.qkv", widths, (8, 5, 3)),
         ),
     )
+
+
+@pytest.mark.parametrize("name", ["reference", "cpu"])
+def test_thresholds_change_at_the_next_token_of_running_sequences(tiny_model: LoadedModel, name: str) -> None:
+    config = NestedConfig(widths=(3, 5, 8), group_size=16, fit="rounded")
+    compressed = compress(tiny_model, Recipe.for_model(tiny_model, config))
+    engine = open_engine(compressed, engine=name, plan=width_decisions())
+    sequence = engine.start()
+    engine.prefill(sequence, TEXT[:8])
+    for low, level in ((-math.inf, 2.0), (math.inf, 0.0)):
+        engine.set_policy(Policy(thresholds={"level": (low, low)}))
+        engine.step([sequence], [TEXT[8]])
+        assert sequence.trace[-1].decisions["level"] == level
+    engine.set_policy(Policy())
+    engine.step([sequence], [TEXT[9]])
+    other = engine.start()
+    engine.prefill(other, TEXT[:8] + [TEXT[8]] * 2 + [TEXT[9]])
+    scores = [s.trace[-1].decisions["level"] for s in (sequence, other)]
+    assert scores[0] == scores[1]  # the plan's thresholds again
+    with pytest.raises(EngineError, match="has 2 thresholds"):
+        engine.set_policy(Policy(thresholds={"level": (1.0,)}))
+    with pytest.raises(EngineError, match="ascend"):
+        engine.set_policy(Policy(thresholds={"level": (2.0, 1.0)}))
 
 
 def test_widths_chosen_per_token_act_as_in_the_reference(tiny_model: LoadedModel) -> None:
@@ -280,6 +313,7 @@ def test_widths_chosen_per_token_act_as_in_the_reference(tiny_model: LoadedModel
         assert len({d[slot] for d in decisions}) > 1, slot  # both ways were taken
     assert {d["level"] for d in decisions} == {0.0, 1.0, 2.0}
     assert decisions == [s.decisions for s in its_trace.trace]
+    assert [d["qkv"] for d in decisions[:3]] == [2.0] * 3  # the first positions
     np.testing.assert_allclose(found, expected, atol=TOLERANCE * np.abs(expected).max())
     read = np.array([s.read_bytes for s in trace.trace])
     wide = np.array([sum(d[slot] for slot in ("gate_up", "down")) for d in decisions])

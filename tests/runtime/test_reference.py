@@ -19,7 +19,7 @@ from workbench.runtime.plan import (
     Consumer,
     Decider,
     InputTransform,
-    NormThreshold,
+    NormLevels,
     Plan,
     Policy,
     PositionTable,
@@ -51,7 +51,7 @@ class RoundedWeights:
 def token_plan() -> Plan:
     """Width of a unit by the norm of the residual, each token anew."""
     return Plan(
-        deciders=(Decider("width", Tap("residual", 1), NormThreshold(3.8, 3, 8), Scope("token"), default=8),),
+        deciders=(Decider("width", Tap("residual", 1), NormLevels((3.8,), (3, 8)), Scope("token"), default=8),),
         consumers=(Consumer("width", "width", "blocks.1.qkv", widths=(3, 8)),),
     )
 
@@ -74,8 +74,8 @@ def reply_plan() -> Plan:
     """Path of an early block and an input threshold from the last block's residual, once per reply."""
     return Plan(
         deciders=(
-            Decider("path", Tap("residual", 2), NormThreshold(0.0, PATH_FULL, PATH_SKIP_BLOCK), Scope("reply")),
-            Decider("cut", Tap("residual", 2), NormThreshold(0.0, 0.0, 0.3), Scope("reply")),
+            Decider("path", Tap("residual", 2), NormLevels((0.0,), (PATH_FULL, PATH_SKIP_BLOCK)), Scope("reply")),
+            Decider("cut", Tap("residual", 2), NormLevels((0.0,), (0.0, 0.3)), Scope("reply")),
         ),
         consumers=(Consumer("path", "path", "blocks.1"), Consumer("cut", "input_threshold", "blocks.0.gate_up")),
     )
@@ -255,7 +255,7 @@ def test_impossible_requests_say_what_to_do(tiny_model: LoadedModel) -> None:
     with pytest.raises(InputError, match="context of 512"):
         engine.score([1] * 513)
     late = Plan(
-        deciders=(Decider("w", Tap("residual", 2), NormThreshold(1, 3, 8), Scope("token")),),
+        deciders=(Decider("w", Tap("residual", 2), NormLevels((1,), (3, 8)), Scope("token")),),
         consumers=(Consumer("w", "width", "blocks.1.o", widths=(3, 8)),),
     )
     with pytest.raises(EngineError, match="earlier"):

@@ -47,16 +47,16 @@ def tune_scales(
     with torch.inference_mode(False):
         ids = [torch.tensor([list(window)], device=model.device) for window in windows[:steps]]
         with torch.no_grad():
-            dense = [_hidden(model, tokens) for tokens in ids]
+            dense = [hidden_states(model, tokens) for tokens in ids]
         for bits in [bits for bits in widths if bits <= WIDEST]:
             job.stage(f"tune scales at {bits} bits", steps)
             tuned = {name: _Scales(nested, bits, model) for name, nested in codes.items()}
-            with _in_place_of_dense(model, tuned), torch.enable_grad():
+            with in_place_of_dense(model, {name: one.weight for name, one in tuned.items()}), torch.enable_grad():
                 for step in range(steps):
                     at = step % len(ids)
                     for one in tuned.values():
                         one.write()
-                    loss = _divergence(model, dense[at], ids[at])
+                    loss = divergence(model, dense[at], ids[at])
                     if not bool(loss.isfinite()):
                         raise RecipeError(
                             f"The outputs of {model.name} at {bits} bits are not finite: set tune_steps to 0."
@@ -121,20 +121,20 @@ class _Scales:
 
 
 @contextmanager
-def _in_place_of_dense(model: LoadedModel, tuned: Mapping[str, _Scales]) -> Iterator[None]:
+def in_place_of_dense(model: LoadedModel, weights: Mapping[str, nn.Parameter]) -> Iterator[None]:
     """Run the model with other parameters; its own come back as the very same objects."""
-    modules = {name: model.linear_module(name) for name in tuned}
+    modules = {name: model.linear_module(name) for name in weights}
     dense = {name: module.weight for name, module in modules.items()}
     try:
         for name, module in modules.items():
-            module.weight = tuned[name].weight
+            module.weight = weights[name]
         yield
     finally:
         for name, module in modules.items():
             module.weight = dense[name]
 
 
-def _hidden(model: LoadedModel, ids: torch.Tensor) -> torch.Tensor:
+def hidden_states(model: LoadedModel, ids: torch.Tensor) -> torch.Tensor:
     """States before the output layer, (tokens, hidden); a hundredth of the size of the logits."""
     with _half(model):
         return model.module.base_model(input_ids=ids, use_cache=False).last_hidden_state[0]
@@ -147,11 +147,11 @@ def _log_probabilities(model: LoadedModel, hidden: torch.Tensor) -> torch.Tensor
     return (torch.tanh(logits / cap) * cap if cap else logits).log_softmax(1)
 
 
-def _divergence(model: LoadedModel, dense: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+def divergence(model: LoadedModel, dense: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     """Mean KL over tokens, nats."""
     with torch.no_grad():
         wanted = _log_probabilities(model, dense)
-    found = _log_probabilities(model, _hidden(model, ids))
+    found = _log_probabilities(model, hidden_states(model, ids))
     return nn.functional.kl_div(found, wanted, reduction="batchmean", log_target=True)
 
 

@@ -257,12 +257,14 @@ class CpuEngine(Guarded):
             yield begin, logits
 
     def set_policy(self, policy: Policy) -> None:
-        """Fix slots from now on; sequences already started keep theirs."""
-        for slot, value in policy.values.items():
-            size = self.plan.decider(slot).program.size
-            if np.asarray(value).size not in (1, size):
-                raise EngineError(f"Slot '{slot}' has {size} values, the policy gives {np.asarray(value).size}.")
+        """Fix slots of sequences that start from now on, and change thresholds for all; see ``Policy``."""
+        self._check_open()
+        policy.check(self.plan)
         self._policy = policy
+        for slot, decider in enumerate(self.plan.deciders):
+            planned = getattr(decider.program, "thresholds", ())
+            if planned:
+                self._core.set_thresholds(slot, list(policy.thresholds.get(decider.slot, planned)))
 
     def set_tap(self, callback: TapCallback | None) -> None:
         """Call ``callback(site, first position, rows)`` for each linear's input and each block's residual."""

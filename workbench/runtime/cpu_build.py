@@ -17,7 +17,15 @@ from workbench.errors import EngineError
 from workbench.models.base import Architecture
 from workbench.progress import Job
 from workbench.runtime.cpu_source import GROUP_KINDS, Matrix, Source
-from workbench.runtime.plan import LinearLevels, NormThreshold, Plan, PositionTable, ProjectionMask, ProjectionThreshold
+from workbench.runtime.plan import (
+    ImportanceLevels,
+    LinearLevels,
+    NormLevels,
+    Plan,
+    PositionTable,
+    ProjectionLevels,
+    ProjectionMask,
+)
 
 if TYPE_CHECKING:
     from workbench.formats.compressed import CompressedModel
@@ -325,18 +333,22 @@ def _plan(engine: Any, plan: Plan, arch: Architecture) -> None:
                 else:
                     engine.add_rotation(name, np.ascontiguousarray(transform.array, dtype=np.float32))
     for decider in plan.deciders:
-        program, numbers, matrix, positions = _program(decider.program)
+        program = decider.program
+        name, numbers, matrix = _program(program)
         engine.add_decider(
             decider.tap.kind,
             decider.tap.block,
             decider.scope.kind,
             decider.scope.n,
             float(decider.default),
-            program,
+            name,
             numbers,
             matrix,
-            positions,
-            float(decider.program.bytes),
+            list(getattr(program, "positions", ())),
+            float(program.bytes),
+            list(getattr(program, "thresholds", ())),
+            list(getattr(program, "level_values", ())),
+            getattr(program, "first", 0),
         )
     for consumer in plan.consumers:
         engine.add_consumer(
@@ -348,21 +360,24 @@ def _plan(engine: Any, plan: Plan, arch: Architecture) -> None:
         )
 
 
-def _program(program: Any) -> tuple[str, list[float], np.ndarray | None, list[int]]:
-    if isinstance(program, NormThreshold):
-        return "norm_threshold", [program.threshold, program.low, program.high], None, []
-    if isinstance(program, ProjectionMask):
-        matrix = np.ascontiguousarray(program.matrix, dtype=np.float32)
-        return "projection_mask", [float(program.keep)], matrix, []
-    if isinstance(program, ProjectionThreshold):
-        # Rows of the matrix, each followed by its scale: int8 values are exact in fp32.
-        rows = np.concatenate([program.matrix.astype(np.float32), program.scale.astype(np.float32)[:, None]], axis=1)
-        return "projection_threshold", [program.threshold, program.low, program.high], np.ascontiguousarray(rows), []
+def _program(program: Any) -> tuple[str, list[float], np.ndarray | None]:
+    """Name, numbers and matrix of a program, as the kernels take them."""
+    if isinstance(program, NormLevels):
+        return "norm_levels", [], None
+    if isinstance(program, ImportanceLevels):
+        row = np.ascontiguousarray(program.weights, dtype=np.float32)[None]  # int8 values are exact in fp32
+        return "importance_levels", [program.step, program.bias, program.floor], row
+    if isinstance(program, ProjectionLevels):
+        # Rows of the matrix, each followed by its step.
+        rows = np.concatenate([program.matrix.astype(np.float32), program.steps.astype(np.float32)[:, None]], axis=1)
+        return "projection_levels", [], np.ascontiguousarray(rows)
     if isinstance(program, LinearLevels):
         row = np.ascontiguousarray(program.weights, dtype=np.float32)[None]
-        return "linear_levels", [program.bias, float(program.rms), *program.thresholds], row, []
+        return "linear_levels", [program.bias, float(program.rms)], row
+    if isinstance(program, ProjectionMask):
+        return "projection_mask", [float(program.keep)], np.ascontiguousarray(program.matrix, dtype=np.float32)
     if isinstance(program, PositionTable):
-        return "position_table", list(program.values), None, list(program.positions)
+        return "position_table", list(program.values), None
     raise EngineError(
         f"The cpu engine has no program '{type(program).__name__}': deciders run inside its step, without Python."
     )

@@ -3,12 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from workbench.errors import EngineError
-from workbench.runtime.plan import Decider, Plan, Policy
+from workbench.runtime.plan import Decider, Plan, Policy, Program
+
+
+def programs_of(plan: Plan, policy: Policy) -> dict[str, Program]:
+    """Programs by slot, with the thresholds that a policy gives them."""
+    found: dict[str, Program] = {}
+    for decider in plan.deciders:
+        program: Any = decider.program
+        if decider.slot in policy.thresholds:
+            program = replace(program, thresholds=tuple(policy.thresholds[decider.slot]))
+        found[decider.slot] = program
+    return found
 
 
 class Decisions:
@@ -22,10 +34,19 @@ class Decisions:
         plan: the deciders.
         policy: fixed values that replace decisions.
         replay: recorded decisions per position (slot to value) that replace decisions.
+        programs: of the plan's slots, by slot; whoever changes this mapping changes the decisions of every sequence that
+            holds it. None for the plan's own.
     """
 
-    def __init__(self, plan: Plan, policy: Policy, replay: Sequence[Mapping[str, Any]] | None = None) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        policy: Policy,
+        replay: Sequence[Mapping[str, Any]] | None = None,
+        programs: Mapping[str, Program] | None = None,
+    ) -> None:
         self._plan = plan
+        self._programs = programs if programs is not None else programs_of(plan, policy)
         self._policy = policy
         self._replay = replay
         self._held: dict[str, np.ndarray] = {}
@@ -54,16 +75,16 @@ class Decisions:
         if scope.kind == "reply":
             where = np.flatnonzero(self._positions == self._prompt_length - 1)
             if len(where):
-                self._held[slot] = decider.program(taps[where], self._positions[where])[0]
+                self._held[slot] = self._programs[slot](taps[where], self._positions[where])[0]
             return
         if scope.kind == "token":
-            self._values[slot] = decider.program(taps, self._positions)
+            self._values[slot] = self._programs[slot](taps, self._positions)
             return
         where = np.flatnonzero(self._positions % scope.n == 0)
         held = self._held.get(slot, np.float32(decider.default))
         choices = [_spread(held, decider.program.size, 1)]
         if len(where):
-            choices.append(decider.program(taps[where], self._positions[where]))
+            choices.append(self._programs[slot](taps[where], self._positions[where]))
         choice = np.concatenate(choices)
         last = np.searchsorted(where, np.arange(count), side="right")  # 0: still the held value
         self._values[slot] = choice[last]

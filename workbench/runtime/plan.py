@@ -7,9 +7,10 @@ all plans; engines know nothing else. Arrays are numpy, so that engines without 
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import ClassVar, Literal, Protocol
 
 import numpy as np
 
@@ -80,19 +81,133 @@ class Program(Protocol):
 
 
 @dataclass(frozen=True)
-class NormThreshold:
-    """``high`` where the Euclidean norm of the tap exceeds ``threshold``, else ``low``."""
+class _Levels(ABC):
+    """A score of the tap becomes a value: ``values[n]`` where n of the ascending ``thresholds`` lie below the score.
 
-    threshold: float
-    low: float
-    high: float
-    size: int = 1
-    multiply_adds: int = 0
-    bytes: int = 4
+    ``values`` are 0, 1, 2 ... where none are given. At the ``first`` positions of a sequence, whose keys and values every
+    later token attends to, the value is the last, whatever the score.
+    """
+
+    thresholds: tuple[float, ...]
+    values: tuple[float, ...] = ()
+    first: int = 0
+    size: ClassVar[int] = 1
+
+    def __post_init__(self) -> None:
+        if list(self.thresholds) != sorted(self.thresholds):
+            raise EngineError(f"Thresholds of levels must ascend, got {list(self.thresholds)}.")
+        if self.values and len(self.values) != len(self.thresholds) + 1:
+            raise EngineError(f"{len(self.thresholds)} thresholds need one value more, got {len(self.values)}.")
+
+    @property
+    def level_values(self) -> tuple[float, ...]:
+        """The value of each level, lowest first."""
+        return self.values or tuple(float(n) for n in range(len(self.thresholds) + 1))
+
+    @property
+    def bytes(self) -> int:
+        return 4 * len(self.thresholds)
+
+    @property
+    def multiply_adds(self) -> int:
+        return 0
+
+    @abstractmethod
+    def score(self, taps: np.ndarray) -> np.ndarray:
+        """Scores (n,) float32 of taps (n, width)."""
 
     def __call__(self, taps: np.ndarray, positions: np.ndarray) -> np.ndarray:
-        norms = np.sqrt(np.square(taps, dtype=np.float64).sum(axis=1))
-        return np.where(norms > self.threshold, self.high, self.low).astype(np.float32)
+        cuts = np.asarray(self.thresholds, np.float32)
+        level = np.where(positions < self.first, len(cuts), np.searchsorted(cuts, self.score(taps), side="left"))
+        return np.asarray(self.level_values, np.float32)[level]
+
+
+@dataclass(frozen=True)
+class NormLevels(_Levels):
+    """Levels of the Euclidean norm of the tap."""
+
+    def score(self, taps: np.ndarray) -> np.ndarray:
+        return np.sqrt(np.square(taps, dtype=np.float64).sum(axis=1)).astype(np.float32)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImportanceLevels(_Levels):
+    """Levels of ``norm(x) * max(step * weights @ x / rms(x) + bias, floor) ** 0.25`` of the tap x.
+
+    The norm stands for the error of a narrower width, the rest for how much an error matters at this token. ``weights``
+    is int8 (width,).
+    """
+
+    weights: np.ndarray
+    step: float
+    bias: float
+    floor: float
+
+    @property
+    def multiply_adds(self) -> int:
+        return 2 * int(self.weights.size)
+
+    @property
+    def bytes(self) -> int:
+        return super().bytes + int(self.weights.nbytes) + 12
+
+    def score(self, taps: np.ndarray) -> np.ndarray:
+        taps = taps.astype(np.float64)
+        squares = np.square(taps).sum(axis=1)
+        rms = np.sqrt(squares / taps.shape[1] + 1e-12)
+        importance = np.maximum(self.step * (taps @ self.weights.astype(np.float64)) / rms + self.bias, self.floor)
+        return np.sqrt(squares * np.sqrt(importance)).astype(np.float32)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProjectionLevels(_Levels):
+    """Levels of the norm of ``steps * matrix @ tap``.
+
+    A random projection keeps norms (Johnson and Lindenstrauss): with ``matrix`` = A dW it estimates ``||dW tap||`` from
+    few rows. ``matrix`` is int8 (k, width), ``steps`` float32 (k,), the step of each row.
+    """
+
+    matrix: np.ndarray
+    steps: np.ndarray
+
+    @property
+    def multiply_adds(self) -> int:
+        return int(self.matrix.size)
+
+    @property
+    def bytes(self) -> int:
+        return super().bytes + int(self.matrix.nbytes + self.steps.nbytes)
+
+    def score(self, taps: np.ndarray) -> np.ndarray:
+        projected = (taps.astype(np.float32) @ self.matrix.T.astype(np.float32)) * self.steps
+        return np.sqrt(np.square(projected).sum(axis=1))
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearLevels(_Levels):
+    """Levels of ``weights @ tap + bias``; ``weights`` is float32 (width,).
+
+    With ``rms`` the tap is first divided by its root mean square.
+    """
+
+    weights: np.ndarray
+    bias: float
+    rms: bool = True
+
+    @property
+    def multiply_adds(self) -> int:
+        return int(self.weights.size)
+
+    @property
+    def bytes(self) -> int:
+        return super().bytes + int(self.weights.nbytes) + 4
+
+    def score(self, taps: np.ndarray) -> np.ndarray:
+        taps = taps.astype(np.float32)
+        scores = taps @ self.weights
+        if self.rms:
+            scores = scores / np.sqrt(np.square(taps).mean(axis=1) + np.float32(1e-12))
+        return scores + np.float32(self.bias)
 
 
 @dataclass(frozen=True)
@@ -123,77 +238,6 @@ class ProjectionMask:
         mask = np.zeros(scores.shape, dtype=np.float32)
         np.put_along_axis(mask, order, 1.0, axis=1)
         return mask
-
-
-@dataclass(frozen=True)
-class ProjectionThreshold:
-    """``high`` where the norm of ``scale * matrix @ tap`` exceeds ``threshold``, else ``low``.
-
-    A random projection keeps norms (Johnson and Lindenstrauss): with ``matrix`` = A dW it estimates ``||dW tap||`` from
-    few rows. ``matrix`` is int8 (k, width), ``scale`` float32 (k,), the step of each row.
-    """
-
-    matrix: np.ndarray
-    scale: np.ndarray
-    threshold: float
-    low: float
-    high: float
-    size: int = 1
-
-    @property
-    def multiply_adds(self) -> int:
-        return int(self.matrix.size)
-
-    @property
-    def bytes(self) -> int:
-        return int(self.matrix.nbytes + self.scale.nbytes) + 4
-
-    def estimate(self, taps: np.ndarray) -> np.ndarray:
-        """Norms (n,) float32 of taps (n, width)."""
-        projected = (taps.astype(np.float32) @ self.matrix.T.astype(np.float32)) * self.scale
-        return np.sqrt(np.square(projected).sum(axis=1))
-
-    def __call__(self, taps: np.ndarray, positions: np.ndarray) -> np.ndarray:
-        return np.where(self.estimate(taps) > self.threshold, self.high, self.low).astype(np.float32)
-
-
-@dataclass(frozen=True)
-class LinearLevels:
-    """The number of ``thresholds`` (ascending) that ``weights @ tap + bias`` exceeds: 0 to their count.
-
-    ``weights`` is float32 (width,). With ``rms`` the tap is first divided by its root mean square.
-    """
-
-    weights: np.ndarray
-    bias: float
-    thresholds: tuple[float, ...]
-    rms: bool = True
-    size: int = 1
-
-    def __post_init__(self) -> None:
-        if list(self.thresholds) != sorted(self.thresholds):
-            raise EngineError(f"Thresholds of levels must ascend, got {list(self.thresholds)}.")
-
-    @property
-    def multiply_adds(self) -> int:
-        return int(self.weights.size)
-
-    @property
-    def bytes(self) -> int:
-        return int(self.weights.nbytes) + 4 * (1 + len(self.thresholds))
-
-    def score(self, taps: np.ndarray) -> np.ndarray:
-        """Scores (n,) float32 of taps (n, width)."""
-        taps = taps.astype(np.float32)
-        scores = taps @ self.weights
-        if self.rms:
-            scores = scores / np.sqrt(np.square(taps).mean(axis=1) + np.float32(1e-12))
-        return scores + np.float32(self.bias)
-
-    def __call__(self, taps: np.ndarray, positions: np.ndarray) -> np.ndarray:
-        return np.searchsorted(np.asarray(self.thresholds, np.float32), self.score(taps), side="left").astype(
-            np.float32
-        )
 
 
 @dataclass(frozen=True)
@@ -339,9 +383,25 @@ def width_plan(architecture: Architecture, widths: Sequence[int], bits: int) -> 
 
 @dataclass(frozen=True)
 class Policy:
-    """The part of a recipe that may change at run time without new bytes: fixed values per slot.
+    """The part of a recipe that may change at run time without new bytes.
 
-    A slot named here takes its value (a number, or a mask) instead of asking its decider.
+    A slot in ``values`` takes that value (a number, or a mask) instead of asking its decider, in sequences that start
+    from then on. ``thresholds`` replace those of a slot's program, as many and ascending, from the next token of
+    every sequence on; a slot that is not named has the plan's.
     """
 
     values: Mapping[str, float | np.ndarray] = field(default_factory=dict)
+    thresholds: Mapping[str, Sequence[float]] = field(default_factory=dict)
+
+    def check(self, plan: Plan) -> None:
+        """Raise ``EngineError`` where it names a slot that the plan does not have, or gives it what it cannot take."""
+        for slot, value in self.values.items():
+            size = plan.decider(slot).program.size
+            if np.asarray(value).size not in (1, size):
+                raise EngineError(f"Slot '{slot}' has {size} values, the policy gives {np.asarray(value).size}.")
+        for slot, given in self.thresholds.items():
+            expected = len(getattr(plan.decider(slot).program, "thresholds", ()))
+            if len(given) != expected:
+                raise EngineError(f"Slot '{slot}' has {expected} thresholds, the policy gives {len(given)}.")
+            if list(given) != sorted(given):
+                raise EngineError(f"Thresholds of levels must ascend, slot '{slot}' got {list(given)}.")

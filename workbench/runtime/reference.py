@@ -23,7 +23,7 @@ from workbench.errors import EngineError
 from workbench.models.base import Linear, LoadedModel
 from workbench.progress import Job
 from workbench.runtime.base import GREEDY, ActivationMode, Guarded, Sampler, StepTrace, TapCallback
-from workbench.runtime.decisions import Decisions
+from workbench.runtime.decisions import Decisions, programs_of
 from workbench.runtime.plan import (
     PATH_SKIP_ATTENTION,
     PATH_SKIP_BLOCK,
@@ -88,6 +88,7 @@ class ReferenceEngine(Guarded):
         known = inspect.signature(model.module.base_model.forward).parameters
         self._cache_argument = "cache" if "cache" in known else "past_key_values"
         self._policy = Policy()
+        self._programs = programs_of(self.plan, self._policy)
         self._tap: TapCallback | None = None
         self._reads = ReadCounter(model.architecture, self.plan, self._weights.stored_bytes)
         self._hooks: list[Any] = []
@@ -102,7 +103,7 @@ class ReferenceEngine(Guarded):
     def start(self, *, seed: int = 0, replay: Sequence[dict[str, Any]] | None = None) -> ReferenceSequence:
         """Return an empty sequence; see ``Engine.start``."""
         self._check_open()
-        decisions = Decisions(self.plan, self._policy, replay)
+        decisions = Decisions(self.plan, self._policy, replay, self._programs)
         return ReferenceSequence(decisions, DynamicCache(config=self.model.module.config), seed)
 
     def prefill(self, sequence: ReferenceSequence, tokens: Sequence[int]) -> np.ndarray:
@@ -188,14 +189,15 @@ class ReferenceEngine(Guarded):
     def hidden_states(self, tokens: Sequence[int], *, prompt_length: int = 1) -> torch.Tensor:
         """Teacher-forced final hidden states (n, hidden) without the output layer: what capture needs of a text."""
         self._check_tokens(tokens, 0)
-        with self._run(Decisions(self.plan, self._policy), 0, len(tokens), prompt_length):
+        with self._run(Decisions(self.plan, self._policy, programs=self._programs), 0, len(tokens), prompt_length):
             return self._body(tokens, None)
 
     def set_policy(self, policy: Policy) -> None:
-        """Fix slots from now on; sequences already started keep theirs."""
-        for slot in policy.values:
-            self.plan.decider(slot)
+        """Fix slots of sequences that start from now on, and change thresholds for all; see ``Policy``."""
+        self._check_open()
+        policy.check(self.plan)
         self._policy = policy
+        self._programs.update(programs_of(self.plan, policy))
 
     def set_tap(self, callback: TapCallback | None) -> None:
         """Call ``callback(site, first position, rows)`` for each linear's input and each block's residual."""
@@ -231,7 +233,7 @@ class ReferenceEngine(Guarded):
     ) -> Iterator[tuple[int, torch.Tensor]]:
         """Teacher-forced logits, ``chunk`` positions at a time; the text is split only where a reply begins."""
         self._check_tokens(tokens, 0)
-        decisions = Decisions(self.plan, self._policy, replay)
+        decisions = Decisions(self.plan, self._policy, replay, self._programs)
         by_reply = any(d.scope.kind == "reply" for d in self.plan.deciders)
         cuts = [0, prompt_length] if by_reply and 0 < prompt_length < len(tokens) else [0]
         cache = DynamicCache(config=self.model.module.config) if len(cuts) > 1 else None
