@@ -10,6 +10,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
+from workbench.analysis.divergence import divergence, final_states
 from workbench.errors import RecipeError
 from workbench.formats.nested import NestedCodes, zero_points
 from workbench.models.base import LoadedModel
@@ -47,7 +48,7 @@ def tune_scales(
     with torch.inference_mode(False):
         ids = [torch.tensor([list(window)], device=model.device) for window in windows[:steps]]
         with torch.no_grad():
-            dense = [hidden_states(model, tokens) for tokens in ids]
+            dense = [final_states(model, tokens) for tokens in ids]
         for bits in [bits for bits in widths if bits <= WIDEST]:
             job.stage(f"tune scales at {bits} bits", steps)
             tuned = {name: _Scales(nested, bits, model) for name, nested in codes.items()}
@@ -132,31 +133,3 @@ def in_place_of_dense(model: LoadedModel, weights: Mapping[str, nn.Parameter]) -
     finally:
         for name, module in modules.items():
             module.weight = dense[name]
-
-
-def hidden_states(model: LoadedModel, ids: torch.Tensor) -> torch.Tensor:
-    """States before the output layer, (tokens, hidden); a hundredth of the size of the logits."""
-    with _half(model):
-        return model.module.base_model(input_ids=ids, use_cache=False).last_hidden_state[0]
-
-
-def _log_probabilities(model: LoadedModel, hidden: torch.Tensor) -> torch.Tensor:
-    with _half(model):
-        logits = model.module.get_output_embeddings()(hidden).float()
-    cap = getattr(model.module.config, "final_logit_softcapping", None)
-    return (torch.tanh(logits / cap) * cap if cap else logits).log_softmax(1)
-
-
-def divergence(model: LoadedModel, dense: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    """Mean KL over tokens, nats."""
-    with torch.no_grad():
-        wanted = _log_probabilities(model, dense)
-    found = _log_probabilities(model, hidden_states(model, ids))
-    return nn.functional.kl_div(found, wanted, reduction="batchmean", log_target=True)
-
-
-def _half(model: LoadedModel) -> torch.autocast:
-    """Products in bf16 where this processor has them: twice as fast, and gradients of scales need no more digits."""
-    fast = model.device.type == "cpu" and torch.backends.mkldnn.is_available()
-    fast = fast and model.dtype == torch.float32 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return torch.autocast("cpu", dtype=torch.bfloat16, enabled=bool(fast))

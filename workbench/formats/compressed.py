@@ -27,6 +27,7 @@ from workbench.formats import nested as nested
 from workbench.formats.encodings import Encoding, Tensors, from_parts
 from workbench.formats.folder import MANIFEST, file_sha256, is_compressed, new_folder, refusal
 from workbench.formats.manifest import Base, EncodingRecord, FileRecord, Manifest
+from workbench.formats.selectors import PREFIX, Selectors
 from workbench.formats.stored import CONFIG, WEIGHTS, check_folder
 from workbench.models.base import Architecture
 from workbench.models.build import config_from_dict
@@ -55,6 +56,7 @@ class CompressedModel:
         embedding: encoding of the token embedding.
         output: encoding of the output layer, None where it is tied to the embedding.
         others: all other parameters by state-dict name: norms and biases in fp32, other matrices in bf16.
+        selectors: how widths are chosen per token, None where they are not.
         fit_seconds: wall time of making it, None where unknown.
         folder: where it was loaded from, None where it was made in memory.
         recorded_sha256: identity read from disk; ``sha256`` is computed where it is None.
@@ -68,6 +70,7 @@ class CompressedModel:
     embedding: Encoding
     output: Encoding | None
     others: Mapping[str, torch.Tensor]
+    selectors: Selectors | None = None
     fit_seconds: float | None = None
     folder: Path | None = None
     recorded_sha256: str | None = field(default=None, repr=False)
@@ -87,12 +90,17 @@ class CompressedModel:
     def tensors(self) -> dict[str, torch.Tensor]:
         """All stored tensors by their names on disk (``blocks.3.q.codes``, ``others.model.norm.weight``)."""
         stored = {f"{name}.{part}": t for name, encoding in self.encodings() for part, t in encoding.tensors().items()}
-        return stored | {_OTHERS + key: tensor for key, tensor in self.others.items()}
+        stored |= {_OTHERS + key: tensor for key, tensor in self.others.items()}
+        chosen = self.selectors.arrays() if self.selectors is not None else {}
+        return stored | {name: torch.from_numpy(array) for name, array in chosen.items()}
 
     @property
     def effective_bits(self) -> float:
-        """Stored bits per weight of the blocks' linears: codes, scales, zero points and padding."""
-        return _bits_per_weight(self.linears.values())
+        """Stored bits per weight of the blocks' linears: codes, scales, zero points, padding and selectors."""
+        bits = _bits_per_weight(self.linears.values())
+        if self.selectors is not None:
+            bits += self.selectors.stored_bits / sum(linear.n_weights for linear in self.architecture.linears)
+        return bits
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -115,7 +123,7 @@ class CompressedModel:
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of all weights on disk: linears, embedding, output, norms and biases."""
+        """Bytes of everything on disk that a model computes with: linears, embedding, output, norms, biases, selectors."""
         return sum(_bytes(tensor) for tensor in self.tensors().values())
 
     @property
@@ -201,7 +209,7 @@ class CompressedModel:
             IntegrityError: missing, changed or damaged files; the message names the file.
         """
         folder, record, config = check_folder(path, verify)
-        parts, others = _read_tensors(folder / WEIGHTS)
+        parts, others, chosen = _read_tensors(folder / WEIGHTS)
         records = {**record.linears, _EMBEDDING: record.embedding}
         if record.output is not None:
             records[_OUTPUT] = record.output
@@ -222,6 +230,7 @@ class CompressedModel:
             output=encodings.pop(_OUTPUT, None),
             linears=encodings,
             others=others,
+            selectors=_selectors(folder, config, chosen),
             fit_seconds=_fit_seconds(folder / FIT),
             folder=folder,
             recorded_sha256=record.sha256,
@@ -265,21 +274,35 @@ def _write_json(path: Path, value: Mapping[str, Any]) -> None:
     path.write_bytes((text + "\n").encode("utf-8"))
 
 
-def _read_tensors(path: Path) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, torch.Tensor]]:
-    """Return the tensors of each encoding, and all others by state-dict name."""
+def _read_tensors(
+    path: Path,
+) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Return the tensors of each encoding, all others by state-dict name, and those of the selectors."""
     try:
         stored = load_file(path)
     except (SafetensorError, OSError, ValueError) as error:
         raise IntegrityError(f"{path} is damaged: {error}. Compress the model again.") from error
     parts: dict[str, dict[str, torch.Tensor]] = defaultdict(dict)
-    others = {}
+    others, chosen = {}, {}
     for name, tensor in stored.items():
-        if name.startswith(_OTHERS):
+        if name.startswith(PREFIX):
+            chosen[name] = tensor
+        elif name.startswith(_OTHERS):
             others[name.removeprefix(_OTHERS)] = tensor
         else:
             owner, _, part = name.rpartition(".")
             parts[owner][part] = tensor
-    return dict(parts), others
+    return dict(parts), others, chosen
+
+
+def _selectors(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> Selectors | None:
+    if not tensors:
+        return None
+    try:
+        arrays = {name: tensor.numpy() for name, tensor in tensors.items()}
+        return Selectors.from_arrays(arrays, architecture(config_from_dict(config)))
+    except (IntegrityError, TypeError) as error:
+        raise IntegrityError(f"{folder}: {error}") from error
 
 
 def _encoding(folder: Path, name: str, record: EncodingRecord, tensors: Tensors) -> Encoding:

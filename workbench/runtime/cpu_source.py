@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from workbench.errors import EngineError, IntegrityError
+from workbench.formats.selectors import PREFIX, Selectors
 from workbench.formats.stored import WEIGHTS, StoredTensors, check_folder
 from workbench.models.base import Architecture, Fingerprint, TextModel
 from workbench.models.families import architecture
@@ -165,6 +166,9 @@ class CompressedSource:
     def has_output(self) -> bool:
         return self._compressed.output is not None
 
+    def selectors(self) -> Selectors | None:
+        return self._compressed.selectors
+
     def vector(self, key: str) -> np.ndarray | None:
         found = self._compressed.others.get(key)
         return None if found is None else np.ascontiguousarray(found.float().numpy())
@@ -181,7 +185,7 @@ class FolderSource:
         self._tensors = StoredTensors(folder / WEIGHTS)
         self._parts: dict[str, list[str]] = {}
         for name in self._tensors.names():
-            if not name.startswith("others."):
+            if not name.startswith(("others.", PREFIX)):
                 self._parts.setdefault(name.rpartition(".")[0], []).append(name)
         base = self._record.base
         self._architecture = architecture(SimpleNamespace(**self.config))  # type: ignore[arg-type]
@@ -214,6 +218,10 @@ class FolderSource:
 
     def has_output(self) -> bool:
         return self._record.output is not None
+
+    def selectors(self) -> Selectors | None:
+        arrays = {name: self._tensors.read(name) for name in self._tensors.names() if name.startswith(PREFIX)}
+        return Selectors.from_arrays(arrays, self._architecture) if arrays else None
 
     def vector(self, key: str) -> np.ndarray | None:
         name = f"others.{key}"

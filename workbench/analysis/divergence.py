@@ -1,0 +1,37 @@
+"""The divergence of a changed model from the dense one, differentiable: what fits and analyses minimise or attribute."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from workbench.models.base import LoadedModel
+
+
+def final_states(model: LoadedModel, ids: torch.Tensor) -> torch.Tensor:
+    """States before the output layer, (tokens, hidden) of ids (1, tokens); a hundredth of the size of the logits."""
+    with _half(model):
+        return model.module.base_model(input_ids=ids, use_cache=False).last_hidden_state[0]
+
+
+def log_probabilities(model: LoadedModel, states: torch.Tensor) -> torch.Tensor:
+    """Of every next token, float32 (tokens, vocabulary), from states (tokens, hidden)."""
+    with _half(model):
+        logits = model.module.get_output_embeddings()(states).float()
+    cap = getattr(model.module.config, "final_logit_softcapping", None)
+    return (torch.tanh(logits / cap) * cap if cap else logits).log_softmax(1)
+
+
+def divergence(model: LoadedModel, dense: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """Mean KL over tokens, nats, from dense states (tokens, hidden) to what the model does now with ids (1, tokens)."""
+    with torch.no_grad():
+        wanted = log_probabilities(model, dense)
+    found = log_probabilities(model, final_states(model, ids))
+    return nn.functional.kl_div(found, wanted, reduction="batchmean", log_target=True)
+
+
+def _half(model: LoadedModel) -> torch.autocast:
+    """Products in bf16 where this processor has them: twice as fast, and gradients of widths and scales need no more."""
+    fast = model.device.type == "cpu" and torch.backends.mkldnn.is_available()
+    fast = fast and model.dtype == torch.float32 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return torch.autocast("cpu", dtype=torch.bfloat16, enabled=bool(fast))

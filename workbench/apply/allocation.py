@@ -1,0 +1,57 @@
+"""Static allocations of widths to units at an exact average of code bits: the rivals of choosing per token."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import pandas as pd
+
+from workbench.apply.recipe import Budget
+from workbench.apply.solver import solve
+from workbench.formats.selectors import Selectors
+from workbench.models.base import Architecture
+from workbench.runtime.precision import learnt_precision
+
+
+def allocate(damage: pd.DataFrame, target: float) -> dict[str, int]:
+    """Return the widths of least summed damage whose average over weights is at most ``target``, by unit.
+
+    Args:
+        damage: columns ``unit``, ``bits``, ``damage``, ``n_weights``.
+        target: average bits of codes; scales and zero points are not counted.
+
+    Raises:
+        RecipeError: less than the narrowest width.
+    """
+    table = damage.assign(stored_bits=damage["bits"] * damage["n_weights"])
+    return solve(table, Budget(average_bits=target)).unit_bits
+
+
+def gain_damage(architecture: Architecture, selectors: Selectors) -> pd.DataFrame:
+    """What each width costs by unit, from the selectors' mean gains: the sum of those of the steps above it."""
+    rows = []
+    for index, unit in enumerate(architecture.units):
+        left = np.append(np.cumsum(selectors.gains[index, ::-1])[::-1], 0.0)
+        for bits, damage in zip(selectors.widths, left, strict=True):
+            if bits <= selectors.highest[index]:
+                rows.append((unit.id, int(bits), float(damage), unit.n_weights))
+    return pd.DataFrame(rows, columns=["unit", "bits", "damage", "n_weights"])
+
+
+def learnt_damage(architecture: Architecture, selectors: Selectors, target: float) -> pd.DataFrame:
+    """Distance of each width from the precision learnt for a target, by weight: what rounding to widths minimises."""
+    precision = learnt_precision(architecture, selectors, target)
+    rows = []
+    for index, unit in enumerate(architecture.units):
+        for bits in selectors.widths:
+            if bits <= selectors.highest[index]:
+                distance = unit.n_weights * (float(bits) - precision[index]) ** 2
+                rows.append((unit.id, int(bits), distance, unit.n_weights))
+    return pd.DataFrame(rows, columns=["unit", "bits", "damage", "n_weights"])
+
+
+def average_bits(architecture: Architecture, allocation: Mapping[str, int]) -> float:
+    """Average bits of codes of an allocation."""
+    total = sum(unit.n_weights for unit in architecture.units)
+    return sum(unit.n_weights * allocation[unit.id] for unit in architecture.units) / total

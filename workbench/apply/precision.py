@@ -1,0 +1,207 @@
+"""Dynamic precision: what nested codes need beside them so that every token can choose the width of every unit.
+
+Three phases, as in DP-LLM (Kwon et al. 2025, arXiv 2508.06041), and a measurement that replaces the second in the rule
+``gain`` of ``runtime.precision``:
+
+1. The widest width of each unit under a bound on memory: an integer program over Fisher scores.
+2. The average width of each unit, learnt for targets (``apply.learn_precision``).
+3. Distributions of errors on calibration tokens, whose quantiles are the thresholds of any target, with what estimates
+   those errors at run time (``apply.estimators``).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import pandas as pd
+from pydantic import AfterValidator, Field
+
+from workbench.analysis.damage import UnitScores, unit_scores
+from workbench.analysis.gains import token_gains
+from workbench.analysis.profile import run
+from workbench.apply.config import MethodConfig, Whole
+from workbench.apply.draft import Draft
+from workbench.apply.estimators import UnitErrors, quantiles, refine, regress, unit_errors
+from workbench.apply.learn_precision import learn_precision
+from workbench.apply.registry import register
+from workbench.corpus import TextRecord, open_text, windows
+from workbench.errors import RecipeError
+from workbench.formats.nested import Nested, NestedCodes
+from workbench.formats.selectors import Selectors
+from workbench.models.base import LoadedModel
+from workbench.progress import Job
+from workbench.runtime.precision import GOOD_FIT
+
+_WINDOW = 448  # tokens; with what text encoded again can lose, eight documents of 512
+_BATCH = 8  # documents that are sampled together
+_SHORTEST = 64
+_FISHER_WINDOW = 128  # many short windows estimate squared gradients better than few long ones
+
+
+def _targets(given: tuple[float, ...]) -> tuple[float, ...]:
+    if list(given) != sorted(set(given)):
+        raise ValueError(f"targets ascend, each once; nearest is {tuple(sorted(set(given)))}")
+    return given
+
+
+class PrecisionConfig(MethodConfig):
+    """Measure what is needed to choose the widths of nested codes per token; goes after ``nested``.
+
+    Attributes:
+        memory_bits: average of the units' widest widths; codes beyond them are dropped. None keeps all.
+        targets: average bits to learn precisions for (DP-LLM's second phase); targets between them are interpolated.
+            Empty learns none: the rule ``gain`` needs none.
+        learning_steps: per target.
+        projection_rows: k of the estimators of errors.
+        calibration_tokens: of text sampled from the model; never the text that the codes were fitted on.
+    """
+
+    method: Literal["dynamic-precision"] = "dynamic-precision"
+    stage: Literal["precision"] = Field(default="precision", exclude=True)
+    memory_bits: Annotated[float, Field(gt=0)] | None = None
+    targets: Annotated[tuple[float, ...], AfterValidator(_targets)] = (3.25, 4.0, 4.75)
+    learning_steps: Annotated[Whole, Field(ge=1)] = 24
+    projection_rows: Annotated[Whole, Field(ge=1)] = 16
+    calibration_tokens: Annotated[Whole, Field(ge=_BATCH * _SHORTEST)] = 8192
+
+
+@dataclass(frozen=True)
+class FittedPrecision:
+    """What ``fit`` found.
+
+    Attributes:
+        selectors: what is stored.
+        highest: widest width of each unit, by id.
+        text: what it was fitted on.
+    """
+
+    selectors: Selectors
+    highest: dict[str, int]
+    text: TextRecord
+
+
+@register(PrecisionConfig)
+class PrecisionMethod:
+    """Handler of ``PrecisionConfig``."""
+
+    def fit(self, draft: Draft, config: PrecisionConfig, *, seed: int, job: Job) -> FittedPrecision:
+        """Measure and learn; the dense model is left as it was.
+
+        Raises:
+            RecipeError: codes of one width, a target or a memory that these widths cannot have, outputs that are not finite.
+            CorpusError: the model's context is too short to sample text.
+            Cancelled: by ``job``, between windows or steps.
+        """
+        model = draft.model
+        codes = _nested_codes(draft)
+        widths = next(iter(codes.values())).widths
+        for target in config.targets:
+            if not widths[0] < target < (config.memory_bits or widths[-1]):
+                raise RecipeError(
+                    f"targets: {target:g} bits lie outside {widths[0]} to {config.memory_bits or widths[-1]:g}, what "
+                    "this model can read."
+                )
+        tokens, text = _calibration(model, config.calibration_tokens, seed, job)
+        highest = _highest(model, codes, config.memory_bits, tokens, job)
+        selectors = _selectors(model, codes, config, highest, tokens, seed, job)
+        return FittedPrecision(selectors, highest, text)
+
+    def apply(self, draft: Draft, config: PrecisionConfig, fitted: FittedPrecision, *, job: Job) -> None:
+        for unit in draft.model.architecture.units:
+            for linear in unit.linears:
+                encoding = draft.linears[linear.id]
+                if isinstance(encoding, Nested) and encoding.bits > fitted.highest[unit.id]:
+                    draft.linears[linear.id] = Nested.of(encoding.codes.cut(fitted.highest[unit.id]))
+        draft.selectors = fitted.selectors
+
+
+def _nested_codes(draft: Draft) -> dict[str, NestedCodes]:
+    found = {name: encoding.codes for name, encoding in draft.linears.items() if isinstance(encoding, Nested)}
+    if len(found) < len(draft.model.architecture.linears) or len(next(iter(found.values())).widths) < 2:
+        raise RecipeError("dynamic-precision chooses among widths: put 'nested' with two widths or more before it.")
+    return found
+
+
+def _calibration(model: LoadedModel, n_tokens: int, seed: int, job: Job) -> tuple[list[tuple[int, ...]], TextRecord]:
+    """Windows of sampled text of the split ``tuning``: nested codes are fitted on ``calibration``."""
+    length = min(512, model.architecture.context_length - 8, -(-n_tokens // _BATCH))
+    corpus = open_text("self", "tuning", model=model, n_tokens=n_tokens, seed=seed, length=length, job=job)
+    found = [window.tokens for window in windows(corpus, model, max(2, length * _WINDOW // 512))]
+    return found, corpus.record(sum(map(len, found)))
+
+
+def _highest(
+    model: LoadedModel,
+    codes: dict[str, NestedCodes],
+    memory_bits: float | None,
+    tokens: list[tuple[int, ...]],
+    job: Job,
+) -> dict[str, int]:
+    """Widest width by unit id: least Fisher score whose widths average at most ``memory_bits``."""
+    from workbench.apply.allocation import allocate
+
+    widths = next(iter(codes.values())).widths
+    if memory_bits is None or memory_bits >= widths[-1]:
+        return {unit.id: widths[-1] for unit in model.architecture.units}
+    if memory_bits < widths[0]:
+        raise RecipeError(f"memory_bits: {memory_bits:g} is less than the narrowest width, {widths[0]}.")
+    short = [
+        window[begin : begin + _FISHER_WINDOW] for window in tokens for begin in range(0, len(window), _FISHER_WINDOW)
+    ]
+    short = [window for window in short if len(window) > 1]
+    table = unit_scores(run(UnitScores(model, short, widths=widths, codes=codes), job))
+    return allocate(table.rename(columns={"fisher": "damage"}), memory_bits)
+
+
+def _selectors(
+    model: LoadedModel,
+    codes: dict[str, NestedCodes],
+    config: PrecisionConfig,
+    highest: dict[str, int],
+    tokens: list[tuple[int, ...]],
+    seed: int,
+    job: Job,
+) -> Selectors:
+    widths = next(iter(codes.values())).widths
+    pairs = list(zip(widths, widths[1:], strict=False))
+    gains = np.stack([token_gains(model, codes, low, high, tokens, job).mean(axis=0) for low, high in pairs], axis=1)
+    precision = np.zeros((len(config.targets), len(highest)), dtype=np.float32)
+    for row, target in enumerate(config.targets):
+        learnt = learn_precision(model, codes, highest, tokens, target, config.learning_steps, job)
+        precision[row] = [learnt[unit.id] for unit in model.architecture.units]
+    found = unit_errors(model, codes, tokens, config.projection_rows, seed, job)
+    regression = np.stack(
+        [np.stack([regress(one.norms, one.errors[:, step]) for step in range(len(pairs))]) for one in found]
+    )
+    return Selectors(
+        widths=np.array(widths, dtype=np.int8),
+        highest=np.array([highest[unit.id] for unit in model.architecture.units], dtype=np.int8),
+        norms=np.stack([quantiles(one.norms) for one in found]),
+        power=np.array([np.square(one.norms, dtype=np.float64).mean() for one in found], dtype=np.float32),
+        gains=gains.astype(np.float32),
+        targets=np.array(config.targets, dtype=np.float32),
+        precision=precision,
+        errors=np.stack([quantiles(one.errors) for one in found]),
+        regression=regression,
+        projections=_projections(found, regression, precision, np.array(widths), config.targets),
+    )
+
+
+def _projections(
+    found: list[UnitErrors], regression: np.ndarray, precision: np.ndarray, widths: np.ndarray, targets: Any
+) -> dict[tuple[int, int], tuple[np.ndarray, np.ndarray]]:
+    """Estimators of the steps that some target between the learnt ones may decide, where the norm does not tell enough."""
+    made = {}
+    for unit, one in enumerate(found):
+        if not len(targets):
+            continue
+        first, last = (
+            int(np.clip(np.searchsorted(widths, p, side="right") - 1, 0, len(widths) - 2))
+            for p in (precision[:, unit].min(), precision[:, unit].max())
+        )
+        for step in range(first, last + 1):
+            if regression[unit, step, 2] < GOOD_FIT or regression[unit, step, 0] <= 0:
+                made[unit, step] = refine(one.rows[step], one.projected[:, step], one.errors[:, step])
+    return made

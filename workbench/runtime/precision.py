@@ -1,0 +1,225 @@
+"""Plans that choose widths per token, for any target of average bits, from a compressed model's selectors.
+
+Bits here are those of codes: the average over weights and tokens of the width that is read.
+
+Two rules:
+
+* ``gain``: a step of a unit is worth, at one token, its mean gain times the squared norm of the unit's input over the mean
+  of that square: errors of weights grow with the input, and their cost with the square of the error. All
+  steps of all units are taken whose worth per weight exceeds one common price, and the price follows from the target.
+* ``error``: DP-LLM (Kwon et al. 2025, arXiv 2508.06041). Every unit has an average width p that was learnt for the target,
+  and reads the wider of the two widths around p where an estimate of ``||dW x||`` exceeds the quantile that leaves a share
+  p - floor(p) of the calibration tokens above it. The estimate is a regression on the norm where its R^2 is at least 0.9,
+  else a projection.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+import numpy as np
+
+from workbench.errors import EngineError
+from workbench.formats.selectors import Selectors
+from workbench.models.base import Architecture, Unit
+from workbench.runtime.plan import (
+    Consumer,
+    Decider,
+    NormLevels,
+    Plan,
+    PositionTable,
+    Program,
+    ProjectionLevels,
+    Scope,
+    Tap,
+    TapKind,
+)
+
+Rule = Literal["gain", "error"]
+INPUT_TAPS: dict[str, TapKind] = {
+    "qkv": "block_input",
+    "o": "attention_output",
+    "gate_up": "mlp_input",
+    "down": "mlp_inner",
+}
+GOOD_FIT = 0.9  # R^2 from which the norm alone estimates the error (DP-LLM)
+_FIRST = 1  # positions read at the widest width: every later token attends to the first, at no cost to speak of
+_NEVER, _ALWAYS = 0.01, 0.99  # shares of tokens below and above which a unit does not decide (DP-LLM)
+
+
+def precision_plan(architecture: Architecture, selectors: Selectors, target: float, rule: Rule = "gain") -> Plan:
+    """Return the plan that holds a target of average bits on text like the calibration text.
+
+    Under the rule ``gain`` plans of all targets differ in thresholds alone, so ``gain_thresholds`` as a policy
+    changes the target of a running engine.
+
+    Raises:
+        EngineError: a target outside the widths, or precisions that were not learnt.
+    """
+    if rule == "gain":
+        return gain_plan(architecture, selectors, gain_thresholds(architecture, selectors, target))
+    return _error_plan(architecture, selectors, target)
+
+
+def target_range(architecture: Architecture, selectors: Selectors) -> tuple[float, float]:
+    """Lowest and highest average bits that can be asked for."""
+    return float(selectors.widths[0]), float(_shares(architecture) @ selectors.highest.astype(np.float64))
+
+
+def gain_plan(architecture: Architecture, selectors: Selectors, thresholds: Mapping[str, Sequence[float]]) -> Plan:
+    """Return the plan of the rule ``gain`` with these thresholds, by unit."""
+    deciders, consumers = [], []
+    for index, unit in enumerate(architecture.units):
+        widths = _widths(selectors, index)
+        deciders.append(_decider(unit, NormLevels(tuple(thresholds[unit.id]), first=_FIRST)))
+        consumers.append(Consumer(unit.id, "width", unit.id, widths, widths))
+    return Plan(tuple(deciders), tuple(consumers))
+
+
+def gain_thresholds(
+    architecture: Architecture, selectors: Selectors, target: float, norms: np.ndarray | None = None
+) -> dict[str, tuple[float, ...]]:
+    """Thresholds on the norm of each unit's input, one per step, ascending, under which the average is ``target``.
+
+    Args:
+        architecture: of the model.
+        selectors: its statistics.
+        target: average bits.
+        norms: float32 (U, K), quantiles of norms to hold the average on instead of those of calibration.
+    """
+    _check_target(architecture, selectors, target)
+    low, high = 1e-12, 1e12
+    for _ in range(100):
+        price = float(np.sqrt(low * high))
+        if expected_bits(architecture, selectors, cuts := _cuts(architecture, selectors, price), norms) > target:
+            low = price
+        else:
+            high = price
+    return {
+        unit.id: tuple(float(cut) for cut in cuts[index, : len(_widths(selectors, index)) - 1])
+        for index, unit in enumerate(architecture.units)
+    }
+
+
+def expected_bits(
+    architecture: Architecture, selectors: Selectors, cuts: np.ndarray, norms: np.ndarray | None = None
+) -> float:
+    """Average bits on tokens whose norms have these quantiles (calibration's by default).
+
+    Args:
+        architecture: of the model.
+        selectors: its statistics.
+        cuts: (U, W - 1), thresholds on the norm; infinity where a step is never taken.
+        norms: float32 (U, K).
+    """
+    norms = selectors.norms if norms is None else norms
+    levels = (np.arange(norms.shape[1]) + 0.5) / norms.shape[1]
+    widths = selectors.widths.astype(np.float64)
+    total = float(widths[0])
+    for index, share in enumerate(_shares(architecture)):
+        above = 1 - np.interp(cuts[index], norms[index], levels, left=0.0, right=1.0)
+        total += float(share * (np.diff(widths) @ above))
+    return total
+
+
+def cuts_of(
+    architecture: Architecture, selectors: Selectors, thresholds: Mapping[str, Sequence[float]]
+) -> np.ndarray:
+    """Thresholds by unit as an array (U, W - 1), infinity where a unit does not have the step."""
+    cuts = np.full((len(architecture.units), len(selectors.widths) - 1), np.inf)
+    for index, unit in enumerate(architecture.units):
+        cuts[index, : len(thresholds[unit.id])] = thresholds[unit.id]
+    return cuts
+
+
+def learnt_precision(architecture: Architecture, selectors: Selectors, target: float) -> np.ndarray:
+    """Average width of each unit, float64 (U,), between the targets that were learnt (and the widths at both ends).
+
+    Raises:
+        EngineError: nothing was learnt, or a target outside the widths.
+    """
+    _check_target(architecture, selectors, target)
+    if not len(selectors.targets):
+        raise EngineError("This model has no learnt precisions: compress it with 'targets' to learn them for.")
+    low, high = target_range(architecture, selectors)
+    n = len(architecture.units)
+    at = np.concatenate([[low], selectors.targets, [high]])
+    rows = np.vstack([np.full(n, low), selectors.precision, selectors.highest.astype(np.float64)])
+    return np.array([np.interp(target, at, rows[:, unit]) for unit in range(n)])
+
+
+def ladder_plan(architecture: Architecture, allocations: Sequence[Mapping[str, int]], slot: str = "level") -> Plan:
+    """One slot that chooses among whole allocations (bits by unit); the first is in force until a policy says else."""
+    decider = Decider(slot, Tap("residual", 0), PositionTable((0,), (0.0,)), Scope("token"))
+    consumers = []
+    for unit in architecture.units:
+        levels = tuple(allocation[unit.id] for allocation in allocations)
+        consumers.append(Consumer(slot, "width", unit.id, tuple(sorted(set(levels))), levels))
+    return Plan((decider,), tuple(consumers))
+
+
+def _cuts(architecture: Architecture, selectors: Selectors, price: float) -> np.ndarray:
+    """Norms (U, W - 1) above which a step is worth more per weight than ``price``."""
+    steps = np.diff(selectors.widths.astype(np.float64))
+    worth = selectors.gains.astype(np.float64) / (_shares(architecture)[:, None] * steps)
+    # Later steps are taken only after earlier ones, and a step that seems to do harm (noise) is the last to be taken.
+    worth = np.minimum.accumulate(np.maximum(worth, 1e-12), axis=1)
+    cuts = np.sqrt(price / worth * selectors.power.astype(np.float64)[:, None])
+    return np.where(selectors.widths[1:] <= selectors.highest[:, None], cuts, np.inf)
+
+
+def _error_plan(architecture: Architecture, selectors: Selectors, target: float) -> Plan:
+    precision = learnt_precision(architecture, selectors, target)
+    deciders, consumers = [], []
+    for index, unit in enumerate(architecture.units):
+        widths = _widths(selectors, index)
+        step = min(int(np.searchsorted(widths, precision[index], side="right")) - 1, len(widths) - 2)
+        if step < 0:  # one width alone: nothing to decide
+            program: Program = PositionTable((0,), (0.0,))
+            pair: tuple[int, ...] = widths
+        else:
+            pair = widths[step : step + 2]
+            program = _error_program(selectors, index, step, (precision[index] - pair[0]) / (pair[1] - pair[0]))
+        deciders.append(_decider(unit, program))
+        consumers.append(Consumer(unit.id, "width", unit.id, pair, pair))
+    return Plan(tuple(deciders), tuple(consumers))
+
+
+def _error_program(selectors: Selectors, unit: int, step: int, share: float) -> Program:
+    """Level 1 for a share of the calibration tokens: those of the largest estimated errors."""
+    if share < _NEVER or share > _ALWAYS:
+        return PositionTable((0,), (float(share > _ALWAYS),))
+    errors = selectors.errors[unit, step]
+    levels = (np.arange(len(errors)) + 0.5) / len(errors)
+    threshold = float(np.interp(1 - share, levels, errors))
+    slope, intercept, fit = map(float, selectors.regression[unit, step])
+    if fit >= GOOD_FIT and slope > 0:
+        return NormLevels(((threshold - intercept) / slope,))
+    if (unit, step) not in selectors.projections:
+        raise EngineError(
+            "This model has no estimators for that target: it was compressed for other targets, so compress it with "
+            "the targets that are wanted."
+        )
+    rows, steps = selectors.projections[unit, step]
+    return ProjectionLevels((threshold,), matrix=rows, steps=steps)
+
+
+def _decider(unit: Unit, program: Program) -> Decider:
+    return Decider(unit.id, Tap(INPUT_TAPS[unit.kind], unit.block), program, Scope("token"))
+
+
+def _widths(selectors: Selectors, unit: int) -> tuple[int, ...]:
+    return tuple(int(bits) for bits in selectors.widths if bits <= selectors.highest[unit])
+
+
+def _shares(architecture: Architecture) -> np.ndarray:
+    """Share of each unit in the weights, float64 (U,)."""
+    sizes = np.array([unit.n_weights for unit in architecture.units], dtype=np.float64)
+    return sizes / sizes.sum()
+
+
+def _check_target(architecture: Architecture, selectors: Selectors, target: float) -> None:
+    low, high = target_range(architecture, selectors)
+    if not low <= target <= high:
+        raise EngineError(f"A target of {target:g} bits is not possible: this model reads {low:g} to {high:.4g} bits.")
