@@ -225,7 +225,7 @@ class UnitScores(_UnitAnalysis):
         tokens = self._windows[index]
         found: dict[tuple[str, int], tuple[float, float]] = {}
         arch = self._model.architecture
-        with _Gradients(self._model) as arm:
+        with Gradients(self._model) as arm:
             for linear in arch.linears:
                 arm(linear.id, self._scores_of(linear.id, found, job))
             ids = torch.tensor([tokens], device=self._model.device)
@@ -257,7 +257,7 @@ class UnitScores(_UnitAnalysis):
         return take
 
 
-class _Gradients:
+class Gradients:
     """Context in which chosen weights get gradients and hand them over; the model is left as it was found."""
 
     def __init__(self, model: LoadedModel) -> None:

@@ -10,6 +10,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
+from workbench.apply.calibration import half_products
 from workbench.errors import RecipeError
 from workbench.formats.nested import NestedCodes, zero_points
 from workbench.models.base import LoadedModel
@@ -136,12 +137,12 @@ def _in_place_of_dense(model: LoadedModel, tuned: Mapping[str, _Scales]) -> Iter
 
 def _hidden(model: LoadedModel, ids: torch.Tensor) -> torch.Tensor:
     """States before the output layer, (tokens, hidden); a hundredth of the size of the logits."""
-    with _half(model):
+    with half_products(model):
         return model.module.base_model(input_ids=ids, use_cache=False).last_hidden_state[0]
 
 
 def _log_probabilities(model: LoadedModel, hidden: torch.Tensor) -> torch.Tensor:
-    with _half(model):
+    with half_products(model):
         logits = model.module.get_output_embeddings()(hidden).float()
     cap = getattr(model.module.config, "final_logit_softcapping", None)
     return (torch.tanh(logits / cap) * cap if cap else logits).log_softmax(1)
@@ -153,10 +154,3 @@ def _divergence(model: LoadedModel, dense: torch.Tensor, ids: torch.Tensor) -> t
         wanted = _log_probabilities(model, dense)
     found = _log_probabilities(model, _hidden(model, ids))
     return nn.functional.kl_div(found, wanted, reduction="batchmean", log_target=True)
-
-
-def _half(model: LoadedModel) -> torch.autocast:
-    """Products in bf16 where this processor has them: twice as fast, and gradients of scales need no more digits."""
-    fast = model.device.type == "cpu" and torch.backends.mkldnn.is_available()
-    fast = fast and model.dtype == torch.float32 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return torch.autocast("cpu", dtype=torch.bfloat16, enabled=bool(fast))

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BeforeValidator, Field, field_validator
 
 from workbench.analysis.profile import TextRecord
+from workbench.apply.anyprecision import AnyPrecisionConfig
 from workbench.apply.bnb import BnbInt8Config, BnbNf4Config
 from workbench.apply.config import MethodConfig, Strict, Whole
 from workbench.apply.gguf import GgufConfig
@@ -23,7 +24,8 @@ from workbench.formats.manifest import Sha256
 from workbench.models.base import Fingerprint, LoadedModel
 
 AnyMethod = Annotated[
-    RtnConfig | NestedConfig | GgufConfig | BnbNf4Config | BnbInt8Config, Field(discriminator="method")
+    RtnConfig | NestedConfig | AnyPrecisionConfig | GgufConfig | BnbNf4Config | BnbInt8Config,
+    Field(discriminator="method"),
 ]
 
 

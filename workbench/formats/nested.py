@@ -133,7 +133,7 @@ class Nested(Encoding):
     @classmethod
     def from_parts(cls, meta: Mapping[str, Any], tensors: Tensors) -> Self:
         out, width = meta_shape(meta)
-        widths = meta_value(meta, "widths", list, _are_widths)
+        widths = meta_value(meta, "widths", list, are_widths)
         group_size = meta_value(meta, "group_size", int, lambda g: 1 <= g <= width)
         groups = -(-width // group_size)
         expected: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
@@ -172,6 +172,7 @@ class Nested(Encoding):
         return bits
 
 
-def _are_widths(found: list[Any]) -> bool:
+def are_widths(found: list[Any]) -> bool:
+    """Whether metadata names widths: whole numbers that codes can have, ascending, each once."""
     known = all(type(bits) is int and MIN_BITS <= bits <= MAX_BITS for bits in found)
     return known and len(found) > 0 and found == sorted(set(found))

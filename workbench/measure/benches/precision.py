@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from workbench.apply.anyprecision import AnyPrecisionConfig
 from workbench.apply.config import MethodConfig
 from workbench.apply.nested import NestedConfig
 from workbench.apply.recipe import Recipe
@@ -37,8 +38,13 @@ class _Candidate:
     bits: int
     model: CompressedModel
 
+    @property
+    def at_widths(self) -> bool:
+        """Whether one copy is read at several widths."""
+        return bool(self.model.widths)
+
     def engine(self, threads: int) -> Engine:
-        if self.method != "nested":
+        if not self.at_widths:
             return open_engine(self.model, threads=threads)
         plan = width_plan(self.model.architecture, WIDTHS, self.bits)
         engine = open_engine(self.model, threads=threads, plan=plan)
@@ -49,13 +55,14 @@ class _Candidate:
     def read_bits(self) -> float:
         """Bits per weight of the blocks' linears that a step reads, scales and zero points counted."""
         linears = self.model.linears.values()
-        read = sum(e.read_bits(self.bits if self.method == "nested" else None) for e in linears)
+        read = sum(e.read_bits(self.bits if self.at_widths else None) for e in linears)
         return read / sum(e.shape[0] * e.shape[1] for e in linears)
 
 
 @bench("precision", extra_keys=("ratio", "gap_closed", "to_separate", "calibration"))
 def precision(context: BenchContext) -> Rows:
     """Uniform widths: round-to-nearest, one nested copy read at each, and the same quantizer run for one width alone.
+    Not where quick: Any-Precision LLM's nested copy too.
 
     ``ratio`` is perplexity over that of the dense model; ``gap_closed`` the share of the logarithm of
     round-to-nearest's ratio at that width that a method takes away; ``to_separate`` nested perplexity over that of
@@ -99,6 +106,8 @@ def _candidates(model: LoadedModel, context: BenchContext) -> list[_Candidate]:
     one = nested(*WIDTHS)
     found += [_Candidate("nested", bits, one) for bits in widths]
     if not context.quick:
+        tables = made(AnyPrecisionConfig(widths=WIDTHS, output_bits=_OUTPUT_BITS))
+        found += [_Candidate("nested-anyprecision", bits, tables) for bits in widths]
         found += [_Candidate("separate", bits, nested(bits)) for bits in widths]
     return found
 
@@ -134,7 +143,7 @@ def _row(candidate: _Candidate, quality: QualityResult, engine: str, mode: str) 
         effective_bits=sizes.effective_bits,
         read_bits=candidate.read_bits,
         output_bits=sizes.output_bits,
-        group_size=_GROUP_SIZE,
+        group_size=None if candidate.method == "nested-anyprecision" else _GROUP_SIZE,
         weight_bytes=sizes.weight_bytes,
         fit_seconds=candidate.model.fit_seconds,
         calibration=None if candidate.method == "rtn" else "self",
