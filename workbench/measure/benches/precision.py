@@ -27,6 +27,7 @@ from workbench.runtime.plan import Policy, width_plan
 WIDTHS = (3, 4, 5, 6)
 _QUICK_WIDTHS = (3, 4)
 _GROUP_SIZE = 64
+_NESTED = ("nested", "nested-anyprecision")  # one copy, read at every width
 _OUTPUT_BITS = 16  # the claim is about the blocks' linears
 
 
@@ -38,13 +39,8 @@ class _Candidate:
     bits: int
     model: CompressedModel
 
-    @property
-    def at_widths(self) -> bool:
-        """Whether one copy is read at several widths."""
-        return bool(self.model.widths)
-
     def engine(self, threads: int) -> Engine:
-        if not self.at_widths:
+        if self.method not in _NESTED:
             return open_engine(self.model, threads=threads)
         plan = width_plan(self.model.architecture, WIDTHS, self.bits)
         engine = open_engine(self.model, threads=threads, plan=plan)
@@ -55,18 +51,18 @@ class _Candidate:
     def read_bits(self) -> float:
         """Bits per weight of the blocks' linears that a step reads, scales and zero points counted."""
         linears = self.model.linears.values()
-        read = sum(e.read_bits(self.bits if self.at_widths else None) for e in linears)
+        read = sum(e.read_bits(self.bits if self.method in _NESTED else None) for e in linears)
         return read / sum(e.shape[0] * e.shape[1] for e in linears)
 
 
 @bench("precision", extra_keys=("ratio", "gap_closed", "to_separate", "calibration"))
 def precision(context: BenchContext) -> Rows:
     """Uniform widths: round-to-nearest, one nested copy read at each, and the same quantizer run for one width alone.
-    Not where quick: Any-Precision LLM's nested copy too.
 
     ``ratio`` is perplexity over that of the dense model; ``gap_closed`` the share of the logarithm of
     round-to-nearest's ratio at that width that a method takes away; ``to_separate`` nested perplexity over that of
-    ``separate``, minus one. The output layer stays dense. Fits use text sampled from the model itself.
+    ``separate``, minus one. ``nested-anyprecision`` is Any-Precision LLM's copy, left out where quick. The
+    output layer stays dense. Fits use text sampled from the model itself.
     """
     model = load(context.model, job=context.job)
     candidates = _candidates(model, context)
