@@ -133,6 +133,7 @@ def test_rows_with_few_values_keep_them(rows: int, n: int, widths: tuple[int, ..
     assert fitted.widths == widths
     for bits in widths:
         assert fitted.tables[bits].isfinite().all()
+        assert (fitted.tables[bits].float().diff(dim=1) >= 0).all()
         assert (fitted.dequantize(bits) - weight).abs().max() <= levels / 64
     if widths[-1] == 8:
         assert torch.equal(fitted.dequantize(8), weight)

@@ -59,7 +59,10 @@ class SortedRows:
     def centroids(self, bounds: torch.Tensor, empty: torch.Tensor) -> torch.Tensor:
         """Weighted means of clusters, float64 (R, K); ``empty`` (R, K) where one has no members."""
         mass, moment = (of.gather(1, bounds).diff(dim=1) for of in (self.masses, self.moments))
-        return torch.where(bounds.diff(dim=1) > 0, moment / mass, empty)
+        first, last = bounds[:, :-1].clamp(max=self.values.shape[1] - 1), (bounds[:, 1:] - 1).clamp_(min=0)
+        # A rounded mean may lie outside its members: kept among them, means ascend as clusters do.
+        means = (moment / mass).clamp(self.values.gather(1, first), self.values.gather(1, last))
+        return torch.where(bounds.diff(dim=1) > 0, means, empty)
 
     def losses(self, bounds: torch.Tensor) -> torch.Tensor:
         """Weighted squared distance to the clusters' means, float64 (R,), less a term that all clusterings share."""
