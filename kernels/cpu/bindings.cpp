@@ -97,6 +97,22 @@ wb::GroupSource group_source(Bytes2 packed, int in, int bits, int group, std::op
   return source;
 }
 
+// A width of tables: its bits and values (out, 2^bits).
+using Table = std::pair<int, Halves2>;
+
+void check_tables(const Bytes2& packed, int in, int bits, const std::vector<Table>& tables) {
+  if (bits < 2 || bits > wb::kMaxPlanes || in < 1) throw std::invalid_argument("Codes of tables need 2 to 8 bits, and inputs.");
+  const std::size_t out = packed.shape(0);
+  shape("codes", out, packed.shape(1), out, (static_cast<std::size_t>(in) * static_cast<std::size_t>(bits) + 7) / 8);
+  bool widest = false;
+  for (const auto& [at, values] : tables) {
+    if (at < 2 || at > bits) throw std::invalid_argument("A table is looked up by 2 bits or more, and no more than the codes have.");
+    shape("tables", values.shape(0), values.shape(1), out, std::size_t{1} << at);
+    widest |= at == bits;
+  }
+  if (!widest) throw std::invalid_argument("The width of the codes needs a table.");
+}
+
 struct TapRecord {
   std::string site;
   int position, n, width;
@@ -308,6 +324,37 @@ NB_MODULE(_cpu, m) {
       "packed"_a, "inputs"_a, "bits"_a, "group_size"_a, "scales16"_a.none(), "scales32"_a.none(), "zeros"_a.none(), "minima16"_a.none(),
       "minima32"_a.none(), "planes"_a, "widths"_a, "x"_a, "read_bits"_a, "exact"_a, "isa"_a);
 
+  // The same by tables, with fp32 activations.
+  m.def(
+      "table_product",
+      [](Bytes2 packed, int in, int bits, std::vector<Table> tables, Floats2 x, int read_bits, const std::string& isa) {
+        check_tables(packed, in, bits, tables);
+        wb::Arena arena;
+        wb::Matrix w = wb::make_tables(arena, checked(packed.shape(0)), in, bits, packed.data(), packed.shape(1));
+        for (const auto& [at, values] : tables) wb::add_table(arena, w, at, values.data());
+        if (read_bits != 0 && (read_bits < 2 || read_bits > bits || w.tables[static_cast<std::size_t>(read_bits)] == nullptr))
+          throw std::invalid_argument("There is no table of that width.");
+        if (x.shape(1) != static_cast<std::size_t>(in)) throw std::invalid_argument("x does not fit the codes' shape.");
+        const auto& k = wb::kernels(wb::choose_isa(isa));
+        const std::size_t n = x.shape(0), padded = static_cast<std::size_t>(w.grouping.padded), width = static_cast<std::size_t>(w.tiles) * wb::kRows;
+        wb::Array<float> y(n * width), space(n * padded);
+        wb::Array<std::uint8_t> active(n * static_cast<std::size_t>(w.grouping.n_blocks));
+        std::vector<wb::Activation> rows(n);
+        std::vector<float*> to(n);
+        for (std::size_t i = 0; i < n; ++i) {
+          float sum = 0;
+          std::uint8_t* is_active = active.data() + i * static_cast<std::size_t>(w.grouping.n_blocks);
+          k.pad(w.grouping, x.data() + i * static_cast<std::size_t>(in), space.data() + i * padded, &sum, is_active);
+          rows[i] = {space.data() + i * padded, nullptr, nullptr, nullptr, nullptr, is_active};
+          to[i] = y.data() + i * width;
+        }
+        k.groups_f32(w, read_bits, rows.data(), checked(n), to.data(), false, 0, w.tiles);
+        std::vector<float> result;
+        for (std::size_t i = 0; i < n; ++i) result.insert(result.end(), to[i], to[i] + packed.shape(0));
+        return new_array({n, packed.shape(0)}, result.data());
+      },
+      "packed"_a, "inputs"_a, "bits"_a, "tables"_a, "x"_a, "read_bits"_a, "isa"_a);
+
   nb::class_<Sequence>(m, "Sequence")
       .def("__init__", [](Sequence* self, Engine& engine) { new (self) Sequence(engine.decoder); }, "engine"_a, nb::keep_alive<1, 2>())
       .def_prop_ro("position", &Sequence::position)
@@ -364,6 +411,14 @@ NB_MODULE(_cpu, m) {
           },
           "name"_a, "packed"_a, "inputs"_a, "bits"_a, "group_size"_a, "scales16"_a.none() = nb::none(), "scales32"_a.none() = nb::none(),
           "zeros"_a.none() = nb::none(), "minima16"_a.none() = nb::none(), "minima32"_a.none() = nb::none(), "planes"_a = false, "widths"_a = std::vector<Width>(), "block"_a = wb::kBlock)
+      .def(
+          "set_tables",
+          [](Engine& e, const std::string& name, Bytes2 packed, int in, int bits, std::vector<Table> tables) {
+            check_tables(packed, in, bits, tables);
+            e.decoder.set_tables(name, checked(packed.shape(0)), in, bits, packed.data(), packed.shape(1));
+            for (const auto& [at, values] : tables) e.decoder.add_table(name, at, values.data());
+          },
+          "name"_a, "packed"_a, "inputs"_a, "bits"_a, "tables"_a)
       .def("set_f32", [](Engine& e, const std::string& name, Floats2 w) { e.decoder.set_f32(name, checked(w.shape(0)), checked(w.shape(1)), w.data()); })
       .def("set_bf16", [](Engine& e, const std::string& name, Halves2 w) { e.decoder.set_bf16(name, checked(w.shape(0)), checked(w.shape(1)), w.data()); })
       .def("set_vector", [](Engine& e, const std::string& name, Floats1 v) { e.decoder.set_vector(name, v.data(), v.shape(0)); })

@@ -82,6 +82,14 @@ void Decoder::add_width(const std::string& name, int bits, const std::uint16_t* 
   wb::add_width(arena_, linear(name).w, bits, scales16, packed_zeros, packed_zeros_row);
 }
 
+void Decoder::set_tables(const std::string& name, int out, int in, int bits, const std::uint8_t* packed, std::size_t packed_row) {
+  LinearLayer& layer = linear(name);
+  layer.w = make_tables(arena_, out, in, bits, packed, packed_row);
+  layer.present = true;
+}
+
+void Decoder::add_table(const std::string& name, int bits, const std::uint16_t* table) { wb::add_table(arena_, linear(name).w, bits, table); }
+
 const Matrix& Decoder::matrix(const std::string& name) { return linear(name).w; }
 
 void Decoder::set_f32(const std::string& name, int out, int in, const float* rows) {
@@ -175,7 +183,9 @@ void Decoder::add_consumer(int slot, const std::string& kind, const std::string&
         if (!layer.present) continue;
         for (const int w : widths) {
           const bool in_range = w >= 1 && w <= layer.w.bits, own = static_cast<bool>(layer.w.widths[static_cast<std::size_t>(layer.w.bits)]);
-          const bool fits = layer.w.kind == Kind::planes ? in_range && (!own || layer.w.widths[static_cast<std::size_t>(w)]) : w == layer.w.bits;
+          const bool fits = layer.w.kind == Kind::planes   ? in_range && (!own || layer.w.widths[static_cast<std::size_t>(w)])
+                            : layer.w.kind == Kind::tables ? in_range && layer.w.tables[static_cast<std::size_t>(w)] != nullptr
+                                                           : w == layer.w.bits;
           if (!fits) throw std::invalid_argument(target + " has no " + std::to_string(w) + "-bit form.");
         }
         for (const int w : levels)
@@ -208,6 +218,10 @@ int Decoder::format_of(const LinearLayer& layer) {
   switch (layer.w.kind) {
     case Kind::f32: format.mode = Mode::plain; break;
     case Kind::bf16: format.mode = spec_.exact ? Mode::plain : Mode::bf16; break;
+    case Kind::tables:
+      format.mode = Mode::f32;
+      format.at = layer.w.grouping;
+      break;
     default:
       format.mode = spec_.exact ? Mode::f32 : Mode::int8;
       format.at = layer.w.grouping;
@@ -243,6 +257,8 @@ void Decoder::finish() {
     layer.w.bias = to;
   };
   const auto complete = [&](LinearLayer& layer) {
+    if (layer.w.kind == Kind::tables && layer.w.tables[static_cast<std::size_t>(layer.w.bits)] == nullptr)
+      throw std::invalid_argument("A matrix of tables needs one for the width of its codes.");
     layer.format = format_of(layer);
     for (int bits = 0; bits <= 8; ++bits) layer.bytes[static_cast<std::size_t>(bits)] = static_cast<double>(layer.w.read_bytes(bits));
   };

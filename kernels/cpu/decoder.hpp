@@ -31,7 +31,7 @@ struct DecoderSpec {
   float embedding_scale = 1, attention_scale = 1, softcap = 0;
   int rotary_dim = 0;            // 0: no rotary positions
   int position_offset = 0;       // of learned positions
-  bool exact = false;            // fp32 activations and cache; else int8 activations (bf16 for bf16 weights), fp16 cache
+  bool exact = false;            // fp32 activations and cache; else int8 activations (bf16 for bf16 weights, fp32 for tables), fp16 cache
   int threads = 1;
   std::vector<int> cores;
   std::string isa = "auto";
@@ -94,6 +94,8 @@ class Decoder {
   // and "blocks.<i>.<linear>.bias". Norms that are not set are not applied.
   void set_groups(const std::string& name, int out, int in, const GroupSource& source);
   void add_width(const std::string& name, int bits, const std::uint16_t* scales16, const std::uint8_t* packed_zeros, std::size_t packed_zeros_row);
+  void set_tables(const std::string& name, int out, int in, int bits, const std::uint8_t* packed, std::size_t packed_row);
+  void add_table(const std::string& name, int bits, const std::uint16_t* table);
   const Matrix& matrix(const std::string& name);
   void set_f32(const std::string& name, int out, int in, const float* rows);
   void set_bf16(const std::string& name, int out, int in, const std::uint16_t* rows);

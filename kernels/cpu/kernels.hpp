@@ -37,7 +37,7 @@ struct Kernels {
   using Product = void (*)(const Matrix& w, int bits, const Activation* x, int n, float* const* y, bool add, int first,
                            int last);
   Product groups_int8;  // int8 activations, exact integer sums within a block of channels
-  Product groups_f32;   // fp32 activations
+  Product groups_f32;   // fp32 activations; tables too, at widths that have one
   Product dense_f32;    // fp32 or bf16 weights, fp32 activations
   Product dense_bf16;   // bf16 weights, bf16 activations
 

@@ -109,6 +109,11 @@ std::size_t Matrix::read_bytes(int at_bits) const {
     case Kind::bf16:
     case Kind::packed: bytes = tile_bytes * static_cast<std::size_t>(tiles); break;
     case Kind::planes: bytes = plane_bytes * static_cast<std::size_t>(at_bits > 0 ? at_bits : bits); break;
+    case Kind::tables: {
+      const auto planes = static_cast<std::size_t>(at_bits > 0 ? at_bits : bits);
+      bytes = plane_bytes * planes + (static_cast<std::size_t>(tiles) * kRows * 2 << planes);
+      break;
+    }
   }
   bytes += per_group * grid_at(at_bits).bytes_per_lane();
   if (bias != nullptr) bytes += 4 * static_cast<std::size_t>(tiles) * kRows;
@@ -182,6 +187,35 @@ void add_width(Arena& arena, Matrix& m, int bits, const std::uint16_t* scales16,
   if (bits == m.bits) m.grid = grid;
 }
 
+Matrix make_tables(Arena& arena, int out, int in, int bits, const std::uint8_t* packed, std::size_t packed_row) {
+  if (bits < 2 || bits > kMaxPlanes) throw std::invalid_argument("Codes of tables have 2 to 8 bits.");
+  Matrix m = sized(Kind::tables, out, in);
+  m.bits = bits;
+  m.grouping = Grouping::of(in, in, kWord);
+  m.plane_bytes = m.row_bytes() * static_cast<std::size_t>(m.tiles) * kRows;
+  auto* codes = arena.take<std::uint8_t>(m.plane_bytes * static_cast<std::size_t>(bits));
+  for (int row = 0; row < out; ++row) {
+    const std::uint8_t* stream = packed + static_cast<std::size_t>(row) * packed_row;
+    std::uint8_t* to = codes + static_cast<std::size_t>(row) * m.row_bytes();
+    for (int c = 0; c < in; ++c) {
+      const unsigned code = bits_at(stream, static_cast<std::size_t>(c), bits);
+      for (int plane = 0; plane < bits; ++plane)
+        to[m.plane_bytes * static_cast<std::size_t>(plane) + static_cast<std::size_t>(c) / 8] |=
+            static_cast<std::uint8_t>(((code >> (bits - 1 - plane)) & 1u) << (c % 8));
+    }
+  }
+  m.codes = codes;
+  return m;
+}
+
+void add_table(Arena& arena, Matrix& m, int bits, const std::uint16_t* table) {
+  if (m.kind != Kind::tables || bits < 2 || bits > m.bits)
+    throw std::invalid_argument("A table needs codes of at least as many bits as it is looked up by, and those at least 2.");
+  auto* to = arena.take<std::uint16_t>(static_cast<std::size_t>(m.tiles) * kRows << bits);
+  std::copy(table, table + (static_cast<std::size_t>(m.out) << bits), to);
+  m.tables[static_cast<std::size_t>(bits)] = to;
+}
+
 Matrix make_f32(Arena& arena, int out, int in, const float* rows) {
   Matrix m = sized(Kind::f32, out, in);
   m.bits = 32;
@@ -221,6 +255,17 @@ void read_row(const Matrix& m, int row, float* to) {
   if (m.kind == Kind::bf16) {
     const auto* w = reinterpret_cast<const std::uint16_t*>(base);
     for (int c = 0; c < m.in; ++c) to[c] = bf16_to_float(w[(static_cast<std::size_t>(c / 2) * kRows + r) * 2 + c % 2]);
+    return;
+  }
+  if (m.kind == Kind::tables) {
+    const std::uint16_t* table = m.tables[static_cast<std::size_t>(m.bits)] + (static_cast<std::size_t>(row) << m.bits);
+    const std::uint8_t* codes = m.codes + static_cast<std::size_t>(row) * m.row_bytes();
+    for (int c = 0; c < m.in; ++c) {
+      unsigned code = 0;
+      for (int plane = 0; plane < m.bits; ++plane)
+        code = 2 * code + ((codes[m.plane_bytes * static_cast<std::size_t>(plane) + static_cast<std::size_t>(c) / 8] >> (c % 8)) & 1u);
+      to[c] = fp16_to_float(table[code]);
+    }
     return;
   }
   const Grouping& at = m.grouping;

@@ -11,6 +11,8 @@
 //
 // "Packed" keeps what its width needs, in that order, side by side. "Planes" keeps every plane of the parent codes in
 // an array of its own, the most significant first, so that b bits are read by reading b arrays and nothing else.
+// "Tables" are planes too, and what codes stand for is looked up by row: as a lookup takes 32 codes of one row, each plane
+// holds row after row, 32 channels to a word, padded to whole words.
 #pragma once
 
 #include <array>
@@ -26,8 +28,9 @@ inline constexpr int kRows = 16;      // rows of a tile
 inline constexpr int kChunk = 16;     // channels of a chunk
 inline constexpr int kBlock = 64;     // most channels that may share one activation scale
 inline constexpr int kMaxPlanes = 8;
+inline constexpr int kWord = 32;      // channels of one row that are looked up together
 
-enum class Kind : std::uint8_t { f32, bf16, packed, planes };
+enum class Kind : std::uint8_t { f32, bf16, packed, planes, tables };
 
 // How activations lie in memory for a matrix of group codes: groups padded to whole chunks.
 struct Grouping {
@@ -71,7 +74,10 @@ struct Matrix {
   std::size_t plane_bytes = 0;
   Grid grid;                             // of the codes as stored
   std::array<Grid, kMaxPlanes + 1> widths;  // of planes read at fewer bits; without scales where there is none of its own
+  std::array<const std::uint16_t*, kMaxPlanes + 1> tables{};  // by width: fp16 [row][2^width]; null where not offered
   const float* bias = nullptr;              // fp32, padded to whole tiles
+
+  std::size_t row_bytes() const { return static_cast<std::size_t>((in + kWord - 1) / kWord) * (kWord / 8); }  // of a plane of tables
 
   // The grid that codes of that width are read on.
   const Grid& grid_at(int at_bits) const {
@@ -112,6 +118,9 @@ Matrix make_groups(Arena& arena, int out, int in, const GroupSource& source);
 // Give planes a grid of their own at a width: scales fp16 (out, groups), and zero points (k + 2^(bits-1) - 1) / 2 from
 // k (out, groups), packed as little-endian streams of `bits` bits, one per row.
 void add_width(Arena& arena, Matrix& m, int bits, const std::uint16_t* scales16, const std::uint8_t* packed_zeros, std::size_t packed_zeros_row);
+// Codes of tables: little-endian bit streams of `bits` bits, one per row; and the table of a width, fp16 (out, 2^bits).
+Matrix make_tables(Arena& arena, int out, int in, int bits, const std::uint8_t* packed, std::size_t packed_row);
+void add_table(Arena& arena, Matrix& m, int bits, const std::uint16_t* table);
 Matrix make_f32(Arena& arena, int out, int in, const float* rows);
 Matrix make_bf16(Arena& arena, int out, int in, const std::uint16_t* rows);
 

@@ -280,6 +280,49 @@ void tile_f32(const Matrix& w, int bits, const Activation* x, float* const* y, b
   put<V, N>(w, tile, total, y, add);
 }
 
+// Weights looked up in a table of their row, 32 channels at a time. One row of the matrix after another: what is looked up
+// in one register is one row's, and its sum across lanes is small beside the row.
+template <class V, int Bits, int N>
+void tile_tables(const Matrix& w, int, const Activation* x, float* const* y, bool add, int tile) {
+  using F = typename V::F;
+  const int words = w.grouping.padded / kWord;
+  const bool half = w.grouping.padded % kWord != 0;  // activations are padded to 16 channels only
+  const std::size_t row_bytes = w.row_bytes();
+  alignas(64) float result[N][kRows];
+  for (int r = 0; r < kRows; ++r) {
+    const std::size_t row = static_cast<std::size_t>(tile) * kRows + static_cast<std::size_t>(r);
+    const std::uint16_t* values = w.tables[Bits] + (row << Bits);
+    const typename V::template Table<Bits> table(values);
+    const std::uint8_t* p[Bits];
+    for (int j = 0; j < Bits; ++j) p[j] = w.codes + w.plane_bytes * static_cast<std::size_t>(j) + row * row_bytes;
+    if constexpr (N <= 2) {
+      V::prefetch(reinterpret_cast<const std::uint8_t*>(values) + kAhead);
+      for (int j = 0; j < Bits; ++j)
+        for (std::size_t at = 0; at < row_bytes; at += 64) V::prefetch(p[j] + kAhead / 4 + at);
+    }
+    F low[N], high[N];
+    WB_UNROLL for (int n = 0; n < N; ++n) low[n] = high[n] = V::zero();
+    for (int i = 0; i < words; ++i) {
+      if (N == 1 && x[0].active[i] == 0) continue;
+      F a, b;
+      table.weights(p, static_cast<std::size_t>(i), a, b);
+      WB_UNROLL for (int n = 0; n < N; ++n) {
+        low[n] = V::fma(a, V::load(x[n].x + kWord * i), low[n]);
+        high[n] = V::fma(b, V::load(x[n].x + kWord * i + 16), high[n]);
+      }
+    }
+    if (half) {
+      F a, b;
+      table.weights(p, static_cast<std::size_t>(words), a, b);
+      WB_UNROLL for (int n = 0; n < N; ++n) low[n] = V::fma(a, V::load(x[n].x + kWord * words), low[n]);
+    }
+    WB_UNROLL for (int n = 0; n < N; ++n) result[n][r] = V::sum(V::add(low[n], high[n]));
+  }
+  F total[N];
+  WB_UNROLL for (int n = 0; n < N; ++n) total[n] = V::load(result[n]);
+  put<V, N>(w, tile, total, y, add);
+}
+
 // Dense weights. Two sums each, so that a product does not wait for the one before it.
 template <class V, int N>
 void tile_dense_f32(const Matrix& w, int, const Activation* x, float* const* y, bool add, int tile) {
@@ -384,6 +427,13 @@ void rows_f32(WB_PRODUCT_ARGUMENTS) {
 #undef WB_CALL
 }
 
+template <class V, int Bits>
+void rows_tables(WB_PRODUCT_ARGUMENTS) {
+#define WB_CALL(N) tile_tables<V, Bits, N>
+  WB_FOR_ROWS(WB_CALL)
+#undef WB_CALL
+}
+
 template <class V>
 void dense_f32(WB_PRODUCT_ARGUMENTS) {
 #define WB_CALL(N) tile_dense_f32<V, N>
@@ -425,7 +475,21 @@ void dense_bf16(WB_PRODUCT_ARGUMENTS) {
     }                                                                                 \
   }
 WB_BY_WIDTH(groups_int8, rows_int8)
-WB_BY_WIDTH(groups_f32, rows_f32)
+WB_BY_WIDTH(grids_f32, rows_f32)
+
+template <class V>
+void groups_f32(WB_PRODUCT_ARGUMENTS) {
+  if (w.kind != Kind::tables) return grids_f32<V>(w, bits, x, n, y, add, first, last);
+  switch (bits > 0 ? bits : w.bits) {
+    case 2: return rows_tables<V, 2>(w, bits, x, n, y, add, first, last);
+    case 3: return rows_tables<V, 3>(w, bits, x, n, y, add, first, last);
+    case 4: return rows_tables<V, 4>(w, bits, x, n, y, add, first, last);
+    case 5: return rows_tables<V, 5>(w, bits, x, n, y, add, first, last);
+    case 6: return rows_tables<V, 6>(w, bits, x, n, y, add, first, last);
+    case 7: return rows_tables<V, 7>(w, bits, x, n, y, add, first, last);
+    default: return rows_tables<V, 8>(w, bits, x, n, y, add, first, last);
+  }
+}
 
 }  // namespace
 }  // namespace wb

@@ -192,6 +192,25 @@ struct Codes {
   }
 };
 
+// Random codes into tables of random values, at every width up to their own.
+struct TableCodes {
+  int out, in, bits;
+  std::vector<std::uint8_t> codes, packed;
+  std::vector<std::vector<std::uint16_t>> tables{9};
+
+  TableCodes(Random& random, int out_, int in_, int bits_, float size) : out(out_), in(in_), bits(bits_) {
+    for (int i = 0; i < out * in; ++i) codes.push_back(static_cast<std::uint8_t>(random.below(1 << bits)));
+    packed = Codes::stream(codes, out, in, bits);
+    for (int b = 2; b <= bits; ++b)
+      for (int i = 0; i < out << b; ++i) tables[static_cast<std::size_t>(b)].push_back(float_to_fp16(random.normal() * size));
+  }
+  std::size_t packed_row() const { return packed.size() / static_cast<std::size_t>(out); }
+  double weight(int row, int c, int read) const {
+    const int b = read > 0 ? read : bits, code = codes[static_cast<std::size_t>(row) * in + c] >> (bits - b);
+    return fp16_to_float(tables[static_cast<std::size_t>(b)][(static_cast<std::size_t>(row) << b) + code]);
+  }
+};
+
 // Rows of activations in exactly as much memory as they need, so that a sanitizer sees what reads past it.
 struct Prepared {
   std::vector<std::vector<float>> x, scale, sum;
@@ -560,6 +579,69 @@ enum class Family { llama, opt, gemma };
 const char* const kNames[] = {"llama", "opt", "gemma"};
 constexpr int kContext = 208;
 
+void table_products(bool quick) {
+  Random random(12);
+  const std::pair<int, int> sizes[] = {{37, 203}, {16, 64}, {5, 7}, {20, 144}, {1, 1}, {33, 32}};
+  for (int bits = 2; bits <= 8; ++bits)
+    for (const auto& [out, in] : sizes) {
+      if (quick && random.below(3) != 0) continue;
+      const TableCodes c(random, out, in, bits, 0.05f);
+      Arena arena;
+      Matrix w = make_tables(arena, out, in, bits, c.packed.data(), c.packed_row());
+      for (int b = 2; b <= bits; ++b) add_table(arena, w, b, c.tables[static_cast<std::size_t>(b)].data());
+      CHECK_THROWS(std::invalid_argument, add_table(arena, w, bits + 1, c.tables[2].data()));
+      CHECK_THROWS(std::invalid_argument, add_width(arena, w, bits, nullptr, nullptr, 0));
+      std::vector<float> bias;
+      if (random.below(2) != 0) {
+        bias = random.normals(static_cast<std::size_t>(w.tiles) * kRows);
+        w.bias = bias.data();
+      }
+      const bool add = random.below(2) != 0;
+      std::vector<float> read_back(static_cast<std::size_t>(in));
+      for (int r = 0; r < out; ++r) {
+        read_row(w, r, read_back.data());
+        bool right = true;
+        for (int i = 0; i < in; ++i) right &= read_back[static_cast<std::size_t>(i)] == static_cast<float>(c.weight(r, i, 0));
+        CHECK(right);
+      }
+      std::vector<std::vector<float>> x;
+      for (int r = 0; r < 33; ++r) {
+        x.push_back(random.normals(static_cast<std::size_t>(in)));
+        for (int i = 0; r % 5 == 0 && i < in; ++i)  // words that may be left out
+          if (i / kWord % 2 == 0) x.back()[static_cast<std::size_t>(i)] = 0;
+      }
+      for (const Isa isa : available_isas()) {
+        const Kernels& k = kernels(isa);
+        const Prepared a(k, w.grouping, x, true);
+        for (int read = 0; read <= bits; read += read == 0 ? 2 : 1) {
+          std::vector<std::vector<float>> first;
+          for (const int n : kRowCounts) {
+            std::vector<std::vector<float>> y(static_cast<std::size_t>(n), std::vector<float>(static_cast<std::size_t>(w.tiles) * kRows, 0.25f));
+            std::vector<float*> to;
+            for (auto& row : y) to.push_back(row.data());
+            k.groups_f32(w, read, a.rows.data(), n, to.data(), add, 0, w.tiles);
+            double worst = 0;
+            for (std::size_t r = 0; r < y.size(); ++r)
+              for (int o = 0; o < out; ++o) {
+                double sum = bias.empty() ? 0 : bias[static_cast<std::size_t>(o)], size = 1;
+                if (add) sum += 0.25;
+                for (int i = 0; i < in; ++i) {
+                  const double term = c.weight(o, i, read) * x[r][static_cast<std::size_t>(i)];
+                  sum += term, size += std::fabs(term);
+                }
+                worst = std::max(worst, std::fabs(y[r][static_cast<std::size_t>(o)] - sum) / size);
+              }
+            const std::string where = std::to_string(bits) + " bits read at " + std::to_string(read) + ", " + std::to_string(out) + " x " + std::to_string(in) + ", " + isa_name(isa) + ", rows " + std::to_string(n) + ": " + std::to_string(worst);
+            CHECK_IN(worst < 1e-6, where);
+            // A row's result does not depend on the rows beside it.
+            for (std::size_t r = 0; r < std::min(first.size(), y.size()); ++r) CHECK_IN(same(first[r], y[r]), where);
+            if (y.size() > first.size()) first = y;
+          }
+        }
+      }
+    }
+}
+
 struct Options {
   bool exact = true;
   int threads = 1;
@@ -611,6 +693,13 @@ void set_matrix(Decoder& d, Random& random, const std::string& name, int out, in
     }
     return;
   }
+  if (form == 10) {
+    TableCodes c(random, out, in, 6, size);
+    if (poisoned) std::fill_n(c.tables[6].begin() + (out / 2 << 6), 64, float_to_fp16(nan));
+    d.set_tables(name, out, in, 6, c.packed.data(), c.packed_row());
+    for (const int b : {3, 6}) d.add_table(name, b, c.tables[static_cast<std::size_t>(b)].data());
+    return;
+  }
   auto values = random.normals(static_cast<std::size_t>(out) * in, size);
   if (poisoned) values[values.size() / 2] = nan;
   if (form == 8) {
@@ -647,7 +736,7 @@ std::unique_ptr<Decoder> build(Family family, const Options& options) {
     for (const auto& [role, out, in] : {std::tuple<const char*, int, int>{"q", q, s.hidden}, {"k", kv, s.hidden}, {"v", kv, s.hidden}, {"o", s.hidden, q},
                                         {"gate", s.neurons, s.hidden}, {"up", s.neurons, s.hidden}, {"down", s.hidden, s.neurons}}) {
       if (!s.gated && std::string(role) == "gate") continue;
-      set_matrix(d, random, at + role, out, in, options.planes ? 7 : options.dense ? 8 : form++ % 10, options.poisoned == at + role);
+      set_matrix(d, random, at + role, out, in, options.planes ? 7 : options.dense ? 8 : form++ % 11, options.poisoned == at + role);
       if (family == Family::opt) vector(at + role + ".bias", out, 0, 0.2f);
     }
     norm(at + "input", s.hidden);
@@ -1080,6 +1169,7 @@ int main(int argc, char** argv) {
     std::fflush(stdout);
   };
   part("group products", [&] { group_products(quick); });
+  part("table products", [&] { table_products(quick); });
   part("dense products", dense_products);
   part("vector kernels", vector_kernels);
   part("attention", attention);

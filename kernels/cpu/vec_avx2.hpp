@@ -138,6 +138,47 @@ struct Avx2 {
   }
   static void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
 
+  // The 2^Bits weights of one row, fp16 at p.
+  template <int Bits>
+  struct Table {
+    alignas(32) float of[Bits < 3 ? 8 : 1 << Bits];
+    explicit Table(const std::uint16_t* p) {
+      if constexpr (Bits < 3) {
+        _mm256_store_ps(of, _mm256_cvtph_ps(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+      } else {
+        for (int i = 0; i < 1 << Bits; i += 8)
+          _mm256_store_ps(of + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p + i))));
+      }
+    }
+    // Weights of the 32 channels whose codes are word `at` of each plane, the most significant first.
+    void weights(const std::uint8_t* const* planes, std::size_t at, F& low, F& high) const {
+      __m256i codes = _mm256_setzero_si256();
+      for (int j = 0; j < Bits; ++j) {
+        std::uint32_t word;
+        std::memcpy(&word, planes[j] + 4 * at, 4);
+        codes = add_plane_half(codes, word, 1 << (Bits - 1 - j));
+      }
+      const __m128i a = _mm256_castsi256_si128(codes), b = _mm256_extracti128_si256(codes, 1);
+      low = {eight(a), eight(_mm_srli_si128(a, 8))};
+      high = {eight(b), eight(_mm_srli_si128(b, 8))};
+    }
+
+   private:
+    __m256 eight(__m128i codes) const {
+      const __m256i at = _mm256_cvtepu8_epi32(codes);
+      // Beyond 5 bits permuting and blending takes longer than fetching from the first cache.
+      if constexpr (Bits <= 5) return among<Bits>(of, at);
+      else return _mm256_i32gather_ps(of, at, 4);
+    }
+    template <int Low>
+    static __m256 among(const float* of, __m256i at) {
+      if constexpr (Low <= 3) return _mm256_permutevar8x32_ps(_mm256_load_ps(of), at);
+      else
+        return _mm256_blendv_ps(among<Low - 1>(of, at), among<Low - 1>(of + (1 << (Low - 1)), at),
+                                _mm256_castsi256_ps(_mm256_slli_epi32(at, 32 - Low)));
+    }
+  };
+
  private:
   static __m256 pow2_half(__m256 n) {
     const __m256i e = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));

@@ -95,6 +95,42 @@ struct Avx512 {
     return fma(bf16_high(w), bf16_high(x), fma(bf16_low(w), bf16_low(x), sum));
   }
   static void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
+
+  // The 2^Bits weights of one row, fp16 at p: 32 to a register.
+  template <int Bits>
+  struct Table {
+    static constexpr int parts = Bits <= 5 ? 1 : 1 << (Bits - 5);
+    B of[parts];
+    explicit Table(const std::uint16_t* p) {
+      if constexpr (Bits < 5) of[0] = _mm512_maskz_loadu_epi16((1u << (1 << Bits)) - 1, p);
+      else
+        for (int i = 0; i < parts; ++i) of[i] = _mm512_loadu_si512(p + 32 * i);
+    }
+    // Weights of the 32 channels whose codes are word `at` of each plane, the most significant first.
+    void weights(const std::uint8_t* const* planes, std::size_t at, F& low, F& high) const {
+      const auto set = [&](int j) {
+        std::uint32_t word;
+        std::memcpy(&word, planes[j] + 4 * at, 4);
+        return _cvtu32_mask32(word);
+      };
+      B codes = _mm512_setzero_si512();
+      for (int j = Bits > 6 ? Bits - 6 : 0; j < Bits; ++j)
+        codes = _mm512_mask_add_epi16(codes, set(j), codes, _mm512_set1_epi16(static_cast<short>(1 << (Bits - 1 - j))));
+      B found;
+      if constexpr (Bits <= 5) found = _mm512_permutexvar_epi16(codes, of[0]);
+      else if constexpr (Bits == 6) found = pair<0>(codes);
+      else if constexpr (Bits == 7) found = _mm512_mask_blend_epi16(set(0), pair<0>(codes), pair<1>(codes));
+      else
+        found = _mm512_mask_blend_epi16(set(0), _mm512_mask_blend_epi16(set(1), pair<0>(codes), pair<1>(codes)),
+                                        _mm512_mask_blend_epi16(set(1), pair<2>(codes), pair<3>(codes)));
+      low = _mm512_cvtph_ps(_mm512_castsi512_si256(found));
+      high = _mm512_cvtph_ps(_mm512_extracti64x4_epi64(found, 1));
+    }
+
+   private:
+    template <int I>
+    B pair(B codes) const { return _mm512_permutex2var_epi16(of[2 * I], codes, of[2 * I + 1]); }
+  };
 };
 
 #if defined(__AVX512BF16__)

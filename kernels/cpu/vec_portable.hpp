@@ -117,6 +117,23 @@ struct Portable {
     return fma(bf16_high(w), set(bf16_to_float(a[1])), fma(bf16_low(w), set(bf16_to_float(a[0])), sum));
   }
   static void prefetch(const void*) {}
+
+  // The 2^Bits weights of one row, fp16 at p.
+  template <int Bits>
+  struct Table {
+    float of[1 << Bits];
+    explicit Table(const std::uint16_t* p) {
+      for (int i = 0; i < 1 << Bits; ++i) of[i] = fp16_to_float(p[i]);
+    }
+    // Weights of the 32 channels whose codes are word `at` of each plane, the most significant first.
+    void weights(const std::uint8_t* const* planes, std::size_t at, F& low, F& high) const {
+      int codes[32] = {};
+      for (int j = 0; j < Bits; ++j)
+        for (int i = 0; i < 32; ++i) codes[i] = 2 * codes[i] + ((planes[j][4 * at + static_cast<std::size_t>(i) / 8] >> (i % 8)) & 1);
+      low = each([&](int i) { return of[codes[i]]; });
+      high = each([&](int i) { return of[codes[16 + i]]; });
+    }
+  };
 };
 
 }  // namespace wb

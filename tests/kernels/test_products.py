@@ -1,4 +1,4 @@
-"""Products of group codes against float64, on random shapes, for every width, layout and instruction set."""
+"""Products of codes against float64, on random shapes, for every width, layout and instruction set."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from workbench.formats.codes import GroupCodes, pack, quantize_groups
 from workbench.formats.nested import NestedCodes
+from workbench.formats.tables import TableCodes
 from workbench.runtime.cpu_build import kernels
 
 ISAS = kernels().isas()
@@ -117,6 +118,63 @@ def test_top_planes_are_the_fewer_bits_on_a_grid_of_their_own(isa: str, exact: b
         expected = inputs @ nested.dequantize(bits or parent).double().numpy().T
         found = product(codes, x, planes=True, widths=stored, read_bits=bits, exact=exact, isa=isa)
         np.testing.assert_allclose(found, expected, atol=2e-5 * np.abs(expected).max())
+
+
+def table_product(codes: TableCodes, x: np.ndarray, read_bits: int = 0, isa: str = "auto") -> np.ndarray:
+    tables = [(bits, codes.tables[bits].view(torch.uint16).numpy()) for bits in codes.widths]
+    packed = pack(codes.codes, codes.bits).numpy()
+    return kernels().table_product(packed, codes.codes.shape[1], codes.bits, tables, x, read_bits, isa)
+
+
+def table_case(seed: int, out: int, width: int, rows: int, widths: tuple[int, ...]) -> tuple[TableCodes, np.ndarray]:
+    generator = torch.Generator().manual_seed(seed)
+    codes = torch.randint(0, 2 ** widths[-1], (out, width), generator=generator).to(torch.uint8)
+    tables = {bits: torch.randn(out, 2**bits, generator=generator).half() for bits in widths}
+    return TableCodes(codes, tables), torch.randn(rows, width, generator=generator).numpy()
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@settings(max_examples=40, deadline=None)
+@given(
+    seed=st.integers(0, 1000),
+    out=st.integers(1, 70),
+    width=st.integers(1, 300),
+    rows=st.integers(1, 37),
+    widths=st.sets(st.integers(2, 8), min_size=1).map(lambda widths: tuple(sorted(widths))),
+    quiet=st.booleans(),
+)
+def test_weights_are_looked_up_in_the_table_of_their_row(
+    isa: str, seed: int, out: int, width: int, rows: int, widths: tuple[int, ...], quiet: bool
+) -> None:
+    codes, x = table_case(seed, out, width, rows, widths)
+    if quiet:
+        x[:, : width // 2] = 0  # whole words of channels are left out where a row is alone
+    for bits in (*widths, 0):
+        expected = x.astype(np.float64) @ codes.dequantize(bits or codes.bits).double().numpy().T
+        found = table_product(codes, x, bits, isa)
+        np.testing.assert_allclose(found, expected, atol=3e-6 * np.abs(expected).max() + 1e-6)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_a_row_times_tables_gives_the_same_alone_and_among_others(isa: str) -> None:
+    codes, x = table_case(5, 40, 144, 21, (3, 6))
+    x[::3, 32:96] = 0
+    for bits in (3, 6):
+        alone = np.concatenate([table_product(codes, x[i : i + 1], bits, isa) for i in range(21)])
+        np.testing.assert_array_equal(table_product(codes, x, bits, isa), alone)
+
+
+def test_tables_that_do_not_fit_are_refused() -> None:
+    codes, x = table_case(5, 20, 64, 2, (3, 6))
+    with pytest.raises(ValueError, match="no table of that width"):
+        table_product(codes, x, 4)
+    with pytest.raises(ValueError, match="fit"):
+        table_product(codes, np.ascontiguousarray(x[:, :60]))
+    with pytest.raises(ValueError, match="needs a table"):
+        kernels().table_product(pack(codes.codes, 6).numpy(), 64, 6, [], x, 0, "auto")
+    wrong = TableCodes(codes.codes, codes.tables | {3: codes.tables[6]})
+    with pytest.raises(ValueError, match="tables do not fit"):
+        table_product(wrong, x)
 
 
 @pytest.mark.parametrize("exact", [True, False])

@@ -17,7 +17,9 @@ import numpy as np
 import pytest
 import torch
 
+from workbench.apply.anyprecision import AnyPrecisionConfig
 from workbench.apply.compress import compress
+from workbench.apply.config import MethodConfig
 from workbench.apply.nested import NestedConfig
 from workbench.apply.recipe import Recipe
 from workbench.apply.rtn import RtnConfig
@@ -299,10 +301,16 @@ def test_thresholds_change_at_the_next_token_of_running_sequences(tiny_model: Lo
         engine.set_policy(Policy(thresholds={"level": (2.0, 1.0)}))
 
 
-def test_widths_chosen_per_token_act_as_in_the_reference(tiny_model: LoadedModel) -> None:
-    compressed = compress(
-        tiny_model, Recipe.for_model(tiny_model, NestedConfig(widths=(3, 5, 8), group_size=16, fit="rounded"))
-    )
+@pytest.mark.parametrize(
+    "config",
+    [
+        NestedConfig(widths=(3, 5, 8), group_size=16, fit="rounded"),
+        AnyPrecisionConfig(widths=(3, 5, 8), calibration_tokens=512),
+    ],
+    ids=lambda config: config.method,
+)
+def test_widths_chosen_per_token_act_as_in_the_reference(tiny_model: LoadedModel, config: MethodConfig) -> None:
+    compressed = compress(tiny_model, Recipe.for_model(tiny_model, config))
     plan = width_decisions()
     reference = open_engine(compressed, engine="reference", plan=plan)
     engine = CpuEngine(compressed, plan, threads=2, activation_mode="fp32")

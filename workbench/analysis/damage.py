@@ -6,7 +6,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import pandas as pd
@@ -17,6 +18,7 @@ from workbench.analysis.common import WIDTHS, check_widths, model_provenance
 from workbench.analysis.profile import Profile, TextRecord
 from workbench.errors import InputError
 from workbench.formats.codes import dequantize, quantize_groups, stored_bits
+from workbench.formats.nested import NestedCodes
 from workbench.models.base import LoadedModel, Unit
 from workbench.progress import Job
 
@@ -38,6 +40,7 @@ class _UnitAnalysis:
         symmetric: bool = False,
         text: TextRecord | None = None,
         seed: int = 0,
+        codes: Mapping[str, NestedCodes] | None = None,
     ) -> None:
         if not windows:
             raise InputError("No text windows were given to measure damage on: give at least one.")
@@ -52,6 +55,9 @@ class _UnitAnalysis:
             "symmetric": symmetric,
             "windows": self._windows,
         }
+        self._codes = codes
+        if codes is not None:
+            parameters["codes"] = {name: _digest(nested) for name, nested in codes.items()}
         self.provenance = model_provenance(self.kind, model, text, seed, parameters)
 
     def _stored_bits(self, unit: Unit, bits: int) -> int:
@@ -60,8 +66,15 @@ class _UnitAnalysis:
             stored_bits(x.out_features, x.in_features, bits, self._group_size, self._symmetric) for x in unit.linears
         )
 
-    def _rounded(self, weight: torch.Tensor, bits: int) -> torch.Tensor:
+    def _rounded(self, linear_id: str, weight: torch.Tensor, bits: int) -> torch.Tensor:
+        if self._codes is not None:
+            return self._codes[linear_id].dequantize(bits).to(weight.device)
         return dequantize(quantize_groups(weight, bits, self._group_size, self._symmetric))
+
+
+def _digest(nested: NestedCodes) -> str:
+    parts = [nested.codes, *(nested.scales[bits] for bits in nested.widths), *(nested.zeros[b] for b in nested.widths)]
+    return hashlib.sha256(b"".join(part.contiguous().numpy().tobytes() for part in parts)).hexdigest()
 
 
 class UnitDamage(_UnitAnalysis):
@@ -81,6 +94,7 @@ class UnitDamage(_UnitAnalysis):
         symmetric: rounding without zero points.
         text: where the windows come from, for the record.
         seed: what they were drawn with, for the record.
+        codes: by linear id, nested codes to read at each width instead of rounding.
     """
 
     kind = "unit-damage"
@@ -106,7 +120,7 @@ class UnitDamage(_UnitAnalysis):
             job.within(done / len(self._widths))
             try:
                 for linear_id, original in originals.items():
-                    rounded = self._rounded(original, bits).to(original.dtype)
+                    rounded = self._rounded(linear_id, original, bits).to(original.dtype)
                     self._model.linear_module(linear_id).weight.data = rounded
                 kl = self._pass.kl()
             finally:
@@ -225,7 +239,7 @@ class UnitScores(_UnitAnalysis):
         tokens = self._windows[index]
         found: dict[tuple[str, int], tuple[float, float]] = {}
         arch = self._model.architecture
-        with _Gradients(self._model) as arm:
+        with Gradients(self._model) as arm:
             for linear in arch.linears:
                 arm(linear.id, self._scores_of(linear.id, found, job))
             ids = torch.tensor([tokens], device=self._model.device)
@@ -251,13 +265,13 @@ class UnitScores(_UnitAnalysis):
             gradient, parameter.grad = parameter.grad.float(), None
             weight = parameter.detach().float()
             for bits in self._widths:
-                change = (self._rounded(weight, bits) - weight).mul_(gradient)
+                change = (self._rounded(linear_id, weight, bits) - weight).mul_(gradient)
                 found[linear_id, bits] = (float(change.double().sum()), float(change.square_().double().sum()))
 
         return take
 
 
-class _Gradients:
+class Gradients:
     """Context in which chosen weights get gradients and hand them over; the model is left as it was found."""
 
     def __init__(self, model: LoadedModel) -> None:

@@ -1,4 +1,4 @@
-"""The divergence of a changed model from the dense one, differentiable: what fits and analyses minimise or attribute."""
+"""The divergence of a changed model from the dense one, differentiable: what fits minimise and analyses attribute."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from workbench.models.base import LoadedModel
 
 def final_states(model: LoadedModel, ids: torch.Tensor) -> torch.Tensor:
     """States before the output layer, (tokens, hidden) of ids (1, tokens); a hundredth of the size of the logits."""
-    with _half(model):
+    with half_products(model):
         return model.module.base_model(input_ids=ids, use_cache=False).last_hidden_state[0]
 
 
 def log_probabilities(model: LoadedModel, states: torch.Tensor) -> torch.Tensor:
     """Of every next token, float32 (tokens, vocabulary), from states (tokens, hidden)."""
-    with _half(model):
+    with half_products(model):
         logits = model.module.get_output_embeddings()(states).float()
     cap = getattr(model.module.config, "final_logit_softcapping", None)
     return (torch.tanh(logits / cap) * cap if cap else logits).log_softmax(1)
@@ -30,8 +30,8 @@ def divergence(model: LoadedModel, dense: torch.Tensor, ids: torch.Tensor) -> to
     return nn.functional.kl_div(found, wanted, reduction="batchmean", log_target=True)
 
 
-def _half(model: LoadedModel) -> torch.autocast:
-    """Products in bf16 where this processor has them: twice as fast, and gradients of widths and scales need no more."""
+def half_products(model: LoadedModel) -> torch.autocast:
+    """Products in bf16 where this processor has them: twice as fast, and statistics need no more digits."""
     fast = model.device.type == "cpu" and torch.backends.mkldnn.is_available()
     fast = fast and model.dtype == torch.float32 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return torch.autocast("cpu", dtype=torch.bfloat16, enabled=bool(fast))

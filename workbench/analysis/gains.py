@@ -6,10 +6,10 @@ output is y and input x,
 
     gain = - <dL/dy, (W_high - W_low) x>.
 
-Divergence is a quadratic form of small errors, and the difference of a quadratic between two points is its derivative at
-their middle times their distance: so the gain is what reading this unit at the wider width instead of the
-narrower takes off L, in nats, later tokens included, to the accuracy of that quadratic and with all other units half
-way. One forward and one backward pass give it for all units and tokens.
+Divergence is a quadratic form of small errors, and the difference of a quadratic between two points is its derivative
+at their middle times their distance: so the gain is what reading this unit at the wider width instead of the narrower
+takes off L, in nats, later tokens included, to the accuracy of that quadratic and with all other units half way. One
+forward and one backward pass give it for all units and tokens.
 """
 
 from __future__ import annotations
@@ -99,16 +99,14 @@ def token_gains(
 def _half_way(
     model: LoadedModel, codes: Mapping[str, NestedCodes], low: int, high: int
 ) -> Iterator[tuple[dict[str, torch.Tensor], Any]]:
-    """Run the model half way between two widths; yields what lies between them, bf16, and a context of dense weights."""
+    """Run the model half way between two widths; yields their differences, bf16, and a context of dense weights."""
     modules = {name: model.linear_module(name) for name in codes}
     own = {name: module.weight for name, module in modules.items()}
     changes, middles = {}, {}
     for name, nested in codes.items():
         first = nested.dequantize(low)
         change = nested.dequantize(high).sub_(first)
-        middles[name] = nn.Parameter(
-            first.add_(change, alpha=0.5).to(model.device, model.dtype), requires_grad=False
-        )
+        middles[name] = nn.Parameter(first.add_(change, alpha=0.5).to(model.device, model.dtype), requires_grad=False)
         changes[name] = change.to(model.device, torch.bfloat16)
 
     def put(weights: Mapping[str, Any]) -> None:

@@ -10,7 +10,6 @@ from workbench.apply.config import Bits, MethodConfig, Whole
 from workbench.apply.draft import Draft
 from workbench.apply.registry import register
 from workbench.formats.bnb import BLOCK_SIZES, Int8, Nf4, bitsandbytes, check_nf4_blocks
-from workbench.models.base import LoadedModel
 from workbench.progress import Job
 
 _OUTPUT_GROUP = 64  # of the embedding and the output layer, which bitsandbytes itself leaves dense
@@ -57,7 +56,8 @@ class BnbInt8Config(MethodConfig):
 class BnbNf4:
     """Handler of ``BnbNf4Config``; there is nothing to fit."""
 
-    def fit(self, model: LoadedModel, config: BnbNf4Config, *, seed: int, job: Job) -> None:
+    def fit(self, draft: Draft, config: BnbNf4Config, *, seed: int, job: Job) -> None:
+        model = draft.model
         bitsandbytes()  # a missing library, or a shape that it cannot run, is said before any work
         for width in {linear.in_features for linear in model.architecture.linears}:
             check_nf4_blocks(width, config.block_size)
@@ -71,7 +71,7 @@ class BnbNf4:
 class BnbInt8:
     """Handler of ``BnbInt8Config``; there is nothing to fit."""
 
-    def fit(self, model: LoadedModel, config: BnbInt8Config, *, seed: int, job: Job) -> None:
+    def fit(self, draft: Draft, config: BnbInt8Config, *, seed: int, job: Job) -> None:
         bitsandbytes()
 
     def apply(self, draft: Draft, config: BnbInt8Config, fitted: None, *, job: Job) -> None:

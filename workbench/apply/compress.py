@@ -6,6 +6,7 @@ import time
 
 import torch
 
+from workbench.apply import precision as precision  # registers itself
 from workbench.apply.draft import Draft, n_weights
 from workbench.apply.recipe import Recipe
 from workbench.apply.registry import handler
@@ -18,7 +19,12 @@ from workbench.progress import Job
 
 
 def compress(
-    model: LoadedModel, recipe: Recipe, *, job: Job | None = None, allow_other_weights: bool = False
+    model: LoadedModel,
+    recipe: Recipe,
+    *,
+    job: Job | None = None,
+    allow_other_weights: bool = False,
+    start: CompressedModel | None = None,
 ) -> CompressedModel:
     """Make the compressed model that a recipe describes. The same model and recipe give the same bytes.
 
@@ -27,6 +33,7 @@ def compress(
         recipe: what to do.
         job: progress in weights encoded; cancels between two matrices.
         allow_other_weights: use a recipe that was written for other weights of this architecture.
+        start: what the recipe without its last method gave, to go on from.
 
     Raises:
         RecipeError: the recipe is for another model, or names units that this one does not have.
@@ -36,10 +43,16 @@ def compress(
     recipe.check_model(model, allow_other_weights=allow_other_weights)
     job = job or Job()
     started = time.perf_counter()
-    draft = Draft(model)
-    for config in recipe.methods:
+    draft, before = Draft(model), 0.0
+    methods = recipe.methods
+    if start is not None:
+        if start.recipe != recipe.without_last().model_dump(mode="json"):
+            raise RecipeError("The model to start from was not made by this recipe without its last method.")
+        draft = Draft(model, dict(start.linears), start.embedding, start.output, start.selectors)
+        before, methods = start.fit_seconds or 0.0, methods[-1:]
+    for config in methods:
         method = handler(config)
-        fitted = method.fit(model, config, seed=recipe.seed, job=job)
+        fitted = method.fit(draft, config, seed=recipe.seed, job=job)
         job.stage(f"compress ({config.method})", n_weights(model.architecture))
         method.apply(draft, config, fitted, job=job)
     if draft.embedding is None:
@@ -59,7 +72,8 @@ def compress(
         embedding=draft.embedding,
         output=draft.output,
         others=_others(model),
-        fit_seconds=time.perf_counter() - started,
+        selectors=draft.selectors,
+        fit_seconds=before + time.perf_counter() - started,
     )
 
 

@@ -33,8 +33,18 @@ def _width(value: int) -> int:
     return value
 
 
+def _widths(given: tuple[int, ...]) -> tuple[int, ...]:
+    nearest = tuple(sorted({min(max(bits, MIN_BITS), MAX_BITS) for bits in given}))
+    if nearest != given:
+        raise ValueError(f"widths are {MIN_BITS} to {MAX_BITS}, each once and ascending; nearest is {nearest}")
+    if not given:
+        raise ValueError("at least one width is needed")
+    return given
+
+
 Whole = Annotated[int, BeforeValidator(_whole)]
 Bits = Annotated[Whole, AfterValidator(_width)]
+Widths = Annotated[tuple[Whole, ...], AfterValidator(_widths)]  # of one parent, for running at any of them
 GroupSize = Annotated[Whole, Field(ge=1)]
 
 
@@ -59,7 +69,7 @@ class MethodConfig(Strict):
         stage: what the method decides; order and number of methods are checked by it.
     """
 
-    stage: ClassVar[Literal["weights"]] = "weights"
+    stage: ClassVar[Literal["weights", "precision"]] = "weights"
 
     method: str
 

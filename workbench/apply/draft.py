@@ -9,6 +9,7 @@ import torch
 
 from workbench.errors import RecipeError, suggest
 from workbench.formats.encodings import DENSE_BITS, Dense, Encoding, Groups
+from workbench.formats.selectors import Selectors
 from workbench.models.base import Architecture, Linear, LoadedModel
 from workbench.progress import Job
 
@@ -22,12 +23,14 @@ class Draft:
         linears: by linear id.
         embedding: of the token embedding.
         output: of the output layer, None where tied.
+        selectors: how widths are chosen per token, None where they are not.
     """
 
     model: LoadedModel
     linears: dict[str, Encoding] = field(default_factory=dict)
     embedding: Encoding | None = None
     output: Encoding | None = None
+    selectors: Selectors | None = None
 
     def weight(self, path: str) -> torch.Tensor:
         """Weights of the module at ``path``, float32 on the CPU, so that any device gives the same codes."""

@@ -7,6 +7,7 @@ The exact error of a step between two widths is ``||dW x||``: as many products a
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -62,8 +63,10 @@ def unit_errors(
     Raises:
         RecipeError: an activation is not finite.
     """
-    watched = [_Watched(unit, codes, rows, torch.Generator().manual_seed(seed + index), model) for index, unit in
-               enumerate(model.architecture.units)]
+    watched = [
+        _Watched(unit, codes, rows, torch.Generator().manual_seed(seed + index), model)
+        for index, unit in enumerate(model.architecture.units)
+    ]
     hooks = [model.submodule(one.path).register_forward_pre_hook(one.see) for one in watched]
     job.stage("measure errors of widths", len(windows))
     try:
@@ -92,7 +95,7 @@ class _Watched:
         outputs = sum(linear.out_features for linear in unit.linears)
         projection = torch.randn(rows, outputs, generator=random) / rows**0.5
         changes, projected = [], []
-        for low, high in zip(widths, widths[1:], strict=False):
+        for low, high in itertools.pairwise(widths):
             change = torch.cat([codes[x.id].dequantize(high) - codes[x.id].dequantize(low) for x in unit.linears])
             projected.append(projection @ change)
             changes.append(change.to(model.device, torch.bfloat16))

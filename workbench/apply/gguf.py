@@ -14,7 +14,6 @@ from workbench.errors import RecipeError
 from workbench.formats.codes import GroupCodes, pack
 from workbench.formats.encodings import Dense, Encoding, Groups
 from workbench.formats.ggml import Affine, SuperBlocks
-from workbench.models.base import LoadedModel
 from workbench.models.gguf_codes import StoredCodes, read_codes
 from workbench.models.gguf_header import read_header
 from workbench.models.loading import gguf_file
@@ -31,9 +30,8 @@ class GgufConfig(MethodConfig):
 class Gguf:
     """Handler of ``GgufConfig``; what it fits is what the file holds."""
 
-    def fit(
-        self, model: LoadedModel, config: GgufConfig, *, seed: int, job: Job
-    ) -> dict[str, StoredCodes | np.ndarray]:
+    def fit(self, draft: Draft, config: GgufConfig, *, seed: int, job: Job) -> dict[str, StoredCodes | np.ndarray]:
+        model = draft.model
         path = gguf_file(model.source)
         if path is None:
             raise RecipeError(

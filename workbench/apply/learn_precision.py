@@ -5,17 +5,16 @@ interpolated between the two widths around p. All weights are frozen; p alone is
 
     loss = divergence from the dense model + alpha * (average of p over all weights - target)^2.
 
-Two things differ from the paper. Weights are interpolated instead of outputs, which is the same for a linear map and takes
-one product instead of two; the gradient of p is then <dL/dW, W_high - W_low>. And where the paper has the cross-entropy of
-a text, this has the divergence from the dense model: on text that the model sampled itself, the one is the other, up to
-a constant and the noise of sampling.
+Two things differ from the paper. Weights are interpolated instead of outputs, which is the same for a linear map and
+takes one product instead of two; the gradient of p is then <dL/dW, W_high - W_low>. And where the paper has the
+cross-entropy of a text, this has the divergence from the dense model: on text that the model sampled itself, the one is
+the other, up to a constant and the noise of sampling.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -28,8 +27,8 @@ from workbench.models.base import LoadedModel, Unit
 from workbench.progress import Job
 
 _MOMENTUM, _MEMORY = 0.8, 0.95  # of Adam; shorter than usual, since there are only some dozen steps
-# Change of the logit of p's place between the unit's widths, per step; falls to zero as a cosine. 24 steps at 0.4 and at
-# 0.8 gave the same divergence on SmolLM2-135M at 3.5 bits.
+# Change of the logit of p's place between the unit's widths, per step; falls to zero as a cosine. 0.4 and 0.8 gave the
+# same divergence on SmolLM2-135M at 3.5 bits.
 _RATE = 0.4
 # Weight of the squared distance from the target: one bit takes off some 0.2 nats, so 20 holds the average within 0.01.
 _ALPHA = 20.0

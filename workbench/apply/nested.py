@@ -2,45 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Annotated, Literal
 
 import torch
-from pydantic import AfterValidator, Field
+from pydantic import Field
 
-from workbench.apply.config import Bits, MethodConfig, Whole
+from workbench.apply.calibration import FEWEST_TOKENS, calibration_windows, check_finite
+from workbench.apply.config import Bits, MethodConfig, Whole, Widths
 from workbench.apply.draft import Draft
 from workbench.apply.moments import input_moments
 from workbench.apply.nested_fit import fit_matrix, round_matrix
 from workbench.apply.nested_tune import tune_scales
 from workbench.apply.registry import register
-from workbench.corpus import TextRecord, open_text, windows
-from workbench.errors import RecipeError
-from workbench.formats.codes import MAX_BITS, MIN_BITS
+from workbench.apply.workers import side_by_side
+from workbench.corpus import TextRecord
 from workbench.formats.nested import Nested, NestedCodes
 from workbench.models.base import LoadedModel, Unit, UnitKind
 from workbench.progress import Job
 
-_WINDOW, _SAMPLED = 512, 576  # tokens; text encoded again can come out shorter than it was sampled
-_SHORTEST = 64  # tokens of a sampled document: shorter ones have few tokens with a past
-_BATCH = 8  # documents that are sampled together
-_WORKERS = 4  # matrices fitted at once: each holds some ten copies of its weights
-
 # Damping of the moments, as a share of their mean power: the more, the fewer calibration tokens there are per channel
 # and the heavier the tails of the inputs. Found on SmolLM2-135M, on other text than is sampled here.
 _DAMPING: dict[UnitKind, float] = {"qkv": 0.1, "o": 0.2, "gate_up": 0.25, "down": 0.3}
-
-
-def _widths(given: tuple[int, ...]) -> tuple[int, ...]:
-    nearest = tuple(sorted({min(max(bits, MIN_BITS), MAX_BITS) for bits in given}))
-    if nearest != given:
-        raise ValueError(f"widths are {MIN_BITS} to {MAX_BITS}, each once and ascending; nearest is {nearest}")
-    if not given:
-        raise ValueError("at least one width is needed")
-    return given
 
 
 class NestedConfig(MethodConfig):
@@ -58,10 +41,10 @@ class NestedConfig(MethodConfig):
     """
 
     method: Literal["nested"] = "nested"
-    widths: Annotated[tuple[Whole, ...], AfterValidator(_widths)] = (3, 4, 5, 6)
+    widths: Widths = (3, 4, 5, 6)
     group_size: Annotated[Whole, Field(ge=8)] = 64
     fit: Literal["compensated", "rounded"] = "compensated"
-    calibration_tokens: Annotated[Whole, Field(ge=_BATCH * _SHORTEST)] = 13824
+    calibration_tokens: Annotated[Whole, Field(ge=FEWEST_TOKENS)] = 13824
     tune_steps: Annotated[Whole, Field(ge=0)] = 8
     output_bits: Bits = 8
 
@@ -83,7 +66,7 @@ class FittedNested:
 class NestedMethod:
     """Handler of ``NestedConfig``."""
 
-    def fit(self, model: LoadedModel, config: NestedConfig, *, seed: int, job: Job) -> FittedNested:
+    def fit(self, draft: Draft, config: NestedConfig, *, seed: int, job: Job) -> FittedNested:
         """Choose codes of every linear; the model is left as it was.
 
         Raises:
@@ -91,10 +74,11 @@ class NestedMethod:
             CorpusError: the model's context is too short to sample text.
             Cancelled: by ``job``, between matrices or steps.
         """
+        model = draft.model
         if config.fit == "rounded":
             return FittedNested(_rounded(model, config, job), None)
-        _check_finite(model)
-        tokens, text = _calibration(model, config.calibration_tokens, seed, job)
+        check_finite(model, "give fit='rounded', which needs no text")
+        tokens, text = calibration_windows(model, config.calibration_tokens, seed, job)
         codes = _compensated(model, config, tokens, job)
         if config.tune_steps:
             codes = tune_scales(model, codes, tokens, config.tune_steps, job)
@@ -103,29 +87,6 @@ class NestedMethod:
     def apply(self, draft: Draft, config: NestedConfig, fitted: FittedNested, *, job: Job) -> None:
         draft.encode_linears(lambda linear, _: Nested.of(fitted.codes[linear.id]), job)
         draft.encode_outputs(config.output_bits, config.group_size, False, job)
-
-
-def _check_finite(model: LoadedModel) -> None:
-    """Refuse a damaged model before it is asked for text: sampling cannot say what is wrong with it."""
-    for linear in model.architecture.linears:
-        if not bool(model.linear_module(linear.id).weight.isfinite().all()):
-            raise RecipeError(f"A weight of {linear.id} is NaN or infinite: the model is damaged, so load it anew.")
-    ids = torch.tensor([model.encode("The")], device=model.device)
-    with torch.no_grad():
-        if not bool(model.module(input_ids=ids, use_cache=False).logits.isfinite().all()):
-            raise RecipeError(
-                f"The outputs of {model.name} are not finite, so no text can be sampled from it: load it in float32, "
-                "or give fit='rounded', which needs no text."
-            )
-
-
-def _calibration(model: LoadedModel, n_tokens: int, seed: int, job: Job) -> tuple[list[tuple[int, ...]], TextRecord]:
-    """Windows of text that the model sampled: never a text that it is measured on."""
-    # Documents as long as the tokens allow in one batch, and shorter than the context by what a start takes.
-    length = min(_SAMPLED, model.architecture.context_length - 8, -(-n_tokens // _BATCH))
-    corpus = open_text("self", "calibration", model=model, n_tokens=n_tokens, seed=seed, length=length, job=job)
-    found = [window.tokens for window in windows(corpus, model, max(2, length * _WINDOW // _SAMPLED))]
-    return found, corpus.record(sum(map(len, found)))
 
 
 def _rounded(model: LoadedModel, config: NestedConfig, job: Job) -> dict[str, NestedCodes]:
@@ -152,7 +113,7 @@ def _compensated(
     total, done = sum(unit.n_weights for unit in model.architecture.units), 0
     for moments in input_moments(model, tokens, job):
         job.stage("fit nested codes", total, done)
-        with _side_by_side() as pool:
+        with side_by_side() as pool:
             running = [(unit, pool.submit(fit, unit, moment)) for unit, moment in moments]
             moments.clear()
             for unit, future in running:
@@ -160,23 +121,6 @@ def _compensated(
                 done += unit.n_weights
                 job.advance(unit.n_weights)
     return codes
-
-
-@contextmanager
-def _side_by_side() -> Iterator[ThreadPoolExecutor]:
-    """Work on several matrices at once: most steps are too small to be shared by the threads of one product.
-
-    Leaving it by an error or a cancel drops what has not begun.
-    """
-    threads = torch.get_num_threads()
-    workers = min(threads, _WORKERS)
-    torch.set_num_threads(threads // workers)
-    pool = ThreadPoolExecutor(workers)
-    try:
-        yield pool
-    finally:
-        pool.shutdown(cancel_futures=True)
-        torch.set_num_threads(threads)
 
 
 def _split(unit: Unit, fitted: NestedCodes) -> dict[str, NestedCodes]:

@@ -11,22 +11,23 @@ Three phases, as in DP-LLM (Kwon et al. 2025, arXiv 2508.06041), and a measureme
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import numpy as np
-import pandas as pd
-from pydantic import AfterValidator, Field
 
 from workbench.analysis.damage import UnitScores, unit_scores
 from workbench.analysis.gains import token_gains
 from workbench.analysis.profile import run
-from workbench.apply.config import MethodConfig, Whole
+from workbench.apply.allocation import allocate
+from workbench.apply.calibration import calibration_windows, check_finite
 from workbench.apply.draft import Draft
 from workbench.apply.estimators import UnitErrors, quantiles, refine, regress, unit_errors
 from workbench.apply.learn_precision import learn_precision
+from workbench.apply.precision_config import PrecisionConfig
 from workbench.apply.registry import register
-from workbench.corpus import TextRecord, open_text, windows
+from workbench.corpus import TextRecord
 from workbench.errors import RecipeError
 from workbench.formats.nested import Nested, NestedCodes
 from workbench.formats.selectors import Selectors
@@ -34,37 +35,7 @@ from workbench.models.base import LoadedModel
 from workbench.progress import Job
 from workbench.runtime.precision import GOOD_FIT
 
-_WINDOW = 448  # tokens; with what text encoded again can lose, eight documents of 512
-_BATCH = 8  # documents that are sampled together
-_SHORTEST = 64
 _FISHER_WINDOW = 128  # many short windows estimate squared gradients better than few long ones
-
-
-def _targets(given: tuple[float, ...]) -> tuple[float, ...]:
-    if list(given) != sorted(set(given)):
-        raise ValueError(f"targets ascend, each once; nearest is {tuple(sorted(set(given)))}")
-    return given
-
-
-class PrecisionConfig(MethodConfig):
-    """Measure what is needed to choose the widths of nested codes per token; goes after ``nested``.
-
-    Attributes:
-        memory_bits: average of the units' widest widths; codes beyond them are dropped. None keeps all.
-        targets: average bits to learn precisions for (DP-LLM's second phase); targets between them are interpolated.
-            Empty learns none: the rule ``gain`` needs none.
-        learning_steps: per target.
-        projection_rows: k of the estimators of errors.
-        calibration_tokens: of text sampled from the model; never the text that the codes were fitted on.
-    """
-
-    method: Literal["dynamic-precision"] = "dynamic-precision"
-    stage: Literal["precision"] = Field(default="precision", exclude=True)
-    memory_bits: Annotated[float, Field(gt=0)] | None = None
-    targets: Annotated[tuple[float, ...], AfterValidator(_targets)] = (3.25, 4.0, 4.75)
-    learning_steps: Annotated[Whole, Field(ge=1)] = 24
-    projection_rows: Annotated[Whole, Field(ge=1)] = 16
-    calibration_tokens: Annotated[Whole, Field(ge=_BATCH * _SHORTEST)] = 8192
 
 
 @dataclass(frozen=True)
@@ -90,11 +61,12 @@ class PrecisionMethod:
         """Measure and learn; the dense model is left as it was.
 
         Raises:
-            RecipeError: codes of one width, a target or a memory that these widths cannot have, outputs that are not finite.
+            RecipeError: codes of one width, a target or memory that they cannot have, outputs that are not finite.
             CorpusError: the model's context is too short to sample text.
             Cancelled: by ``job``, between windows or steps.
         """
         model = draft.model
+        check_finite(model)
         codes = _nested_codes(draft)
         widths = next(iter(codes.values())).widths
         for target in config.targets:
@@ -103,7 +75,7 @@ class PrecisionMethod:
                     f"targets: {target:g} bits lie outside {widths[0]} to {config.memory_bits or widths[-1]:g}, what "
                     "this model can read."
                 )
-        tokens, text = _calibration(model, config.calibration_tokens, seed, job)
+        tokens, text = calibration_windows(model, config.calibration_tokens, seed, job, "tuning")
         highest = _highest(model, codes, config.memory_bits, tokens, job)
         selectors = _selectors(model, codes, config, highest, tokens, seed, job)
         return FittedPrecision(selectors, highest, text)
@@ -124,14 +96,6 @@ def _nested_codes(draft: Draft) -> dict[str, NestedCodes]:
     return found
 
 
-def _calibration(model: LoadedModel, n_tokens: int, seed: int, job: Job) -> tuple[list[tuple[int, ...]], TextRecord]:
-    """Windows of sampled text of the split ``tuning``: nested codes are fitted on ``calibration``."""
-    length = min(512, model.architecture.context_length - 8, -(-n_tokens // _BATCH))
-    corpus = open_text("self", "tuning", model=model, n_tokens=n_tokens, seed=seed, length=length, job=job)
-    found = [window.tokens for window in windows(corpus, model, max(2, length * _WINDOW // 512))]
-    return found, corpus.record(sum(map(len, found)))
-
-
 def _highest(
     model: LoadedModel,
     codes: dict[str, NestedCodes],
@@ -140,8 +104,6 @@ def _highest(
     job: Job,
 ) -> dict[str, int]:
     """Widest width by unit id: least Fisher score whose widths average at most ``memory_bits``."""
-    from workbench.apply.allocation import allocate
-
     widths = next(iter(codes.values())).widths
     if memory_bits is None or memory_bits >= widths[-1]:
         return {unit.id: widths[-1] for unit in model.architecture.units}
@@ -165,7 +127,7 @@ def _selectors(
     job: Job,
 ) -> Selectors:
     widths = next(iter(codes.values())).widths
-    pairs = list(zip(widths, widths[1:], strict=False))
+    pairs = list(itertools.pairwise(widths))
     gains = np.stack([token_gains(model, codes, low, high, tokens, job).mean(axis=0) for low, high in pairs], axis=1)
     precision = np.zeros((len(config.targets), len(highest)), dtype=np.float32)
     for row, target in enumerate(config.targets):
@@ -192,7 +154,7 @@ def _selectors(
 def _projections(
     found: list[UnitErrors], regression: np.ndarray, precision: np.ndarray, widths: np.ndarray, targets: Any
 ) -> dict[tuple[int, int], tuple[np.ndarray, np.ndarray]]:
-    """Estimators of the steps that some target between the learnt ones may decide, where the norm does not tell enough."""
+    """Estimators of the steps that targets between the learnt ones may decide, where the norm does not tell enough."""
     made = {}
     for unit, one in enumerate(found):
         if not len(targets):

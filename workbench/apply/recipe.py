@@ -12,10 +12,12 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BeforeValidator, Field, field_validator
 
 from workbench.analysis.profile import TextRecord
+from workbench.apply.anyprecision import AnyPrecisionConfig
 from workbench.apply.bnb import BnbInt8Config, BnbNf4Config
 from workbench.apply.config import MethodConfig, Strict, Whole
 from workbench.apply.gguf import GgufConfig
 from workbench.apply.nested import NestedConfig
+from workbench.apply.precision_config import PrecisionConfig
 from workbench.apply.rtn import RtnConfig
 from workbench.errors import InputError, RecipeError
 from workbench.files import check_output_file, write_whole
@@ -23,7 +25,8 @@ from workbench.formats.manifest import Sha256
 from workbench.models.base import Fingerprint, LoadedModel
 
 AnyMethod = Annotated[
-    RtnConfig | NestedConfig | GgufConfig | BnbNf4Config | BnbInt8Config, Field(discriminator="method")
+    RtnConfig | NestedConfig | PrecisionConfig | AnyPrecisionConfig | GgufConfig | BnbNf4Config | BnbInt8Config,
+    Field(discriminator="method"),
 ]
 
 
@@ -134,6 +137,12 @@ class Recipe(Strict):
                 f"Recipe: methods[{i}] '{methods[i].method}' and methods[{j}] '{methods[j].method}' both store the "
                 "weights of all units, and a unit has one format: keep one of them."
             )
+        after = [i for i, method in enumerate(methods) if method.stage == "precision"]
+        if len(after) > 1 or (after and after[0] < weights[0]):
+            raise RecipeError(
+                f"Recipe: methods[{after[-1]}] '{methods[after[-1]].method}' goes once, after the method that stores "
+                f"the weights, '{methods[weights[0]].method}'."
+            )
         return methods
 
     @classmethod
@@ -150,6 +159,10 @@ class Recipe(Strict):
                 "solution": solution,
             }
         )
+
+    def without_last(self) -> Self:
+        """Return the recipe of everything but the last method."""
+        return self.model_copy(update={"methods": self.methods[:-1]})
 
     def canonical(self) -> str:
         """The JSON form that identity is taken of: sorted keys, no spaces."""

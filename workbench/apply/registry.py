@@ -8,14 +8,13 @@ from typing import Any, Protocol
 from workbench.apply.config import MethodConfig
 from workbench.apply.draft import Draft
 from workbench.errors import RecipeError, suggest
-from workbench.models.base import LoadedModel
 from workbench.progress import Job
 
 
 class Method(Protocol):
     """A handler: ``fit`` learns from the model and texts, ``apply`` writes encodings from what was learned."""
 
-    def fit(self, model: LoadedModel, config: Any, *, seed: int, job: Job) -> Any: ...
+    def fit(self, draft: Draft, config: Any, *, seed: int, job: Job) -> Any: ...
 
     def apply(self, draft: Draft, config: Any, fitted: Any, *, job: Job) -> None: ...
 

@@ -9,7 +9,7 @@ from pydantic import Field, StrictBool
 from workbench.apply.config import Bits, GroupSize, MethodConfig
 from workbench.apply.draft import Draft, check_ids, encode
 from workbench.apply.registry import register
-from workbench.models.base import Architecture, LoadedModel
+from workbench.models.base import Architecture
 from workbench.progress import Job
 
 
@@ -49,7 +49,8 @@ def linear_bits(config: RtnConfig, architecture: Architecture) -> dict[str, int]
 class Rtn:
     """Handler of ``RtnConfig``; what it fits is the width of every linear."""
 
-    def fit(self, model: LoadedModel, config: RtnConfig, *, seed: int, job: Job) -> dict[str, int]:
+    def fit(self, draft: Draft, config: RtnConfig, *, seed: int, job: Job) -> dict[str, int]:
+        model = draft.model
         return linear_bits(config, model.architecture)
 
     def apply(self, draft: Draft, config: RtnConfig, fitted: dict[str, int], *, job: Job) -> None:

@@ -24,6 +24,7 @@ from workbench.formats import bnb as bnb  # these modules' encodings register th
 from workbench.formats import ggml as ggml
 from workbench.formats import manifest
 from workbench.formats import nested as nested
+from workbench.formats import tables as tables
 from workbench.formats.encodings import Encoding, Tensors, from_parts
 from workbench.formats.folder import MANIFEST, file_sha256, is_compressed, new_folder, refusal
 from workbench.formats.manifest import Base, EncodingRecord, FileRecord, Manifest
@@ -123,7 +124,7 @@ class CompressedModel:
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of everything on disk that a model computes with: linears, embedding, output, norms, biases, selectors."""
+        """Bytes of everything on disk that is computed with: linears, embedding, output, norms, biases, selectors."""
         return sum(_bytes(tensor) for tensor in self.tensors().values())
 
     @property

@@ -54,6 +54,16 @@ class NestedCodes:
         zeros = zero_points(self.zeros[bits], bits)
         return (top - self._spread(zeros)) * self._spread(self.scales[bits].float())
 
+    def cut(self, bits: int) -> NestedCodes:
+        """Return the same weights at every width up to ``bits``, one of the widths, and none beyond."""
+        kept = [width for width in self.widths if width <= bits]
+        return NestedCodes(
+            self.codes >> (self.bits - bits),
+            {width: self.scales[width] for width in kept},
+            {width: self.zeros[width] for width in kept},
+            self.group_size,
+        )
+
     def _spread(self, of_group: torch.Tensor) -> torch.Tensor:
         return of_group.repeat_interleave(self.group_size, dim=1)[:, : self.codes.shape[1]]
 
@@ -133,7 +143,7 @@ class Nested(Encoding):
     @classmethod
     def from_parts(cls, meta: Mapping[str, Any], tensors: Tensors) -> Self:
         out, width = meta_shape(meta)
-        widths = meta_value(meta, "widths", list, _are_widths)
+        widths = meta_value(meta, "widths", list, are_widths)
         group_size = meta_value(meta, "group_size", int, lambda g: 1 <= g <= width)
         groups = -(-width // group_size)
         expected: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
@@ -172,6 +182,7 @@ class Nested(Encoding):
         return bits
 
 
-def _are_widths(found: list[Any]) -> bool:
+def are_widths(found: list[Any]) -> bool:
+    """Whether metadata names widths: whole numbers that codes can have, ascending, each once."""
     known = all(type(bits) is int and MIN_BITS <= bits <= MAX_BITS for bits in found)
     return known and len(found) > 0 and found == sorted(set(found))

@@ -1,7 +1,7 @@
 """What a model of several widths keeps beside its codes to choose among them at every token: small tables, by unit.
 
 They hold no threshold: any target of average bits is turned into thresholds when it is asked for
-(``runtime.precision``), so that another target needs no other bytes. numpy alone, so that engines without torch read it.
+(``runtime.precision``), so that another target needs no other bytes. numpy alone, for engines without torch.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ class Selectors:
                 )
         widths = plain["widths"]
         if counts["W"] < 1 or (np.diff(widths) <= 0).any() or not np.isin(plain["highest"], widths).all():
-            raise IntegrityError("The selectors' widths do not ascend, or a unit has another: compress the model again.")
+            raise IntegrityError("The selectors' widths do not ascend, or a unit has another: compress it again.")
         projections = {}
         for name in [name for name in left if name.startswith("rows.")]:
             parts = name.split(".")

@@ -73,7 +73,9 @@ class CpuEngine(Guarded):
         target: a loaded model, a compressed one, or the folder of one (read without torch).
         plan: deciders, consumers and transforms; empty by default.
         threads: of each step, the caller's included; None for one per usable core.
-        activation_mode: ``int8`` (bf16 where weights are bf16) or ``fp32``; None chooses the first.
+        activation_mode: ``int8`` (bf16 where weights are bf16) or ``fp32``; None chooses the first. Weights in tables
+            (``nested-tables``) are multiplied with fp32 activations in both: ``int8`` is then the output layer, and
+            an fp16 cache.
         cores: processor of each thread, or none.
         isa: instruction set, ``auto`` for the best that the processor has.
         planes: keep group codes as bit-planes and not packed.

@@ -97,7 +97,8 @@ def build(
     Args:
         source: its numbers.
         plan: decisions to take while decoding.
-        exact: fp32 activations and cache, else int8 activations (bf16 for bf16 weights) and fp16 cache.
+        exact: fp32 activations and cache, else int8 activations (bf16 for bf16 weights, fp32 for weights in tables)
+            and fp16 cache.
         threads: of the decoder, the caller's included.
         cores: processor of each thread, or none.
         isa: ``auto``, ``portable``, ``avx2``, ``avx512`` or ``avx512bf16``.
@@ -247,6 +248,9 @@ def _set(engine: Any, name: str, matrix: Matrix, planes: bool) -> None:
         engine.set_f32(name, t["weight"])
     elif matrix.kind == "dense":
         engine.set_bf16(name, t["weight"])
+    elif matrix.kind == "nested-tables":
+        tables = [(b, t[f"table_{b}"].view(np.uint16)) for b in matrix.meta["widths"]]
+        engine.set_tables(name, t["codes"], int(matrix.meta["shape"][1]), tables[-1][0], tables)
     elif matrix.kind == "superblocks":
         size, block = int(matrix.meta["group_size"]), int(matrix.meta["block"])
         scales = _product(t["super_scales"], t["scales"], block // size)

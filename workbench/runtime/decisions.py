@@ -34,8 +34,8 @@ class Decisions:
         plan: the deciders.
         policy: fixed values that replace decisions.
         replay: recorded decisions per position (slot to value) that replace decisions.
-        programs: of the plan's slots, by slot; whoever changes this mapping changes the decisions of every sequence that
-            holds it. None for the plan's own.
+        programs: of the plan's slots, by slot; whoever changes this mapping changes the decisions of every sequence
+            that holds it. None for the plan's own.
     """
 
     def __init__(

@@ -84,8 +84,8 @@ class Program(Protocol):
 class _Levels(ABC):
     """A score of the tap becomes a value: ``values[n]`` where n of the ascending ``thresholds`` lie below the score.
 
-    ``values`` are 0, 1, 2 ... where none are given. At the ``first`` positions of a sequence, whose keys and values every
-    later token attends to, the value is the last, whatever the score.
+    ``values`` are 0, 1, 2 ... where none are given. At the ``first`` positions of a sequence, whose keys and values
+    every later token attends to, the value is the last, whatever the score.
     """
 
     thresholds: tuple[float, ...]

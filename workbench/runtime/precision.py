@@ -4,13 +4,13 @@ Bits here are those of codes: the average over weights and tokens of the width t
 
 Two rules:
 
-* ``gain``: a step of a unit is worth, at one token, its mean gain times the squared norm of the unit's input over the mean
-  of that square: errors of weights grow with the input, and their cost with the square of the error. All
-  steps of all units are taken whose worth per weight exceeds one common price, and the price follows from the target.
-* ``error``: DP-LLM (Kwon et al. 2025, arXiv 2508.06041). Every unit has an average width p that was learnt for the target,
-  and reads the wider of the two widths around p where an estimate of ``||dW x||`` exceeds the quantile that leaves a share
-  p - floor(p) of the calibration tokens above it. The estimate is a regression on the norm where its R^2 is at least 0.9,
-  else a projection.
+* ``gain``: a step of a unit is worth, at one token, its mean gain times the squared norm of the unit's input over the
+  mean of that square: errors grow with the input, and what they cost with the square of the error. All steps of all
+  units are taken whose worth per weight exceeds one common price, and the price follows from the target.
+* ``error``: DP-LLM (Kwon et al. 2025, arXiv 2508.06041). Every unit has an average width p that was learnt for the
+  target, and reads the wider of the two widths around p where an estimate of ``||dW x||`` exceeds the quantile that
+  leaves a share p - floor(p) of the calibration tokens above it. The estimate is a regression on the norm where its
+  R^2 is at least 0.9, else a projection.
 """
 
 from __future__ import annotations
@@ -123,9 +123,7 @@ def expected_bits(
     return total
 
 
-def cuts_of(
-    architecture: Architecture, selectors: Selectors, thresholds: Mapping[str, Sequence[float]]
-) -> np.ndarray:
+def cuts_of(architecture: Architecture, selectors: Selectors, thresholds: Mapping[str, Sequence[float]]) -> np.ndarray:
     """Thresholds by unit as an array (U, W - 1), infinity where a unit does not have the step."""
     cuts = np.full((len(architecture.units), len(selectors.widths) - 1), np.inf)
     for index, unit in enumerate(architecture.units):

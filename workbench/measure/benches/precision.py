@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from workbench.apply.anyprecision import AnyPrecisionConfig
 from workbench.apply.config import MethodConfig
 from workbench.apply.nested import NestedConfig
 from workbench.apply.recipe import Recipe
@@ -26,6 +27,7 @@ from workbench.runtime.plan import Policy, width_plan
 WIDTHS = (3, 4, 5, 6)
 _QUICK_WIDTHS = (3, 4)
 _GROUP_SIZE = 64
+_NESTED = ("nested", "nested-anyprecision")  # one copy, read at every width
 _OUTPUT_BITS = 16  # the claim is about the blocks' linears
 
 
@@ -38,7 +40,7 @@ class _Candidate:
     model: CompressedModel
 
     def engine(self, threads: int) -> Engine:
-        if self.method != "nested":
+        if self.method not in _NESTED:
             return open_engine(self.model, threads=threads)
         plan = width_plan(self.model.architecture, WIDTHS, self.bits)
         engine = open_engine(self.model, threads=threads, plan=plan)
@@ -49,7 +51,7 @@ class _Candidate:
     def read_bits(self) -> float:
         """Bits per weight of the blocks' linears that a step reads, scales and zero points counted."""
         linears = self.model.linears.values()
-        read = sum(e.read_bits(self.bits if self.method == "nested" else None) for e in linears)
+        read = sum(e.read_bits(self.bits if self.method in _NESTED else None) for e in linears)
         return read / sum(e.shape[0] * e.shape[1] for e in linears)
 
 
@@ -59,7 +61,8 @@ def precision(context: BenchContext) -> Rows:
 
     ``ratio`` is perplexity over that of the dense model; ``gap_closed`` the share of the logarithm of
     round-to-nearest's ratio at that width that a method takes away; ``to_separate`` nested perplexity over that of
-    ``separate``, minus one. The output layer stays dense. Fits use text sampled from the model itself.
+    ``separate``, minus one. ``nested-anyprecision`` is Any-Precision LLM's copy, left out where quick. The
+    output layer stays dense. Fits use text sampled from the model itself.
     """
     model = load(context.model, job=context.job)
     candidates = _candidates(model, context)
@@ -99,6 +102,8 @@ def _candidates(model: LoadedModel, context: BenchContext) -> list[_Candidate]:
     one = nested(*WIDTHS)
     found += [_Candidate("nested", bits, one) for bits in widths]
     if not context.quick:
+        tables = made(AnyPrecisionConfig(widths=WIDTHS, output_bits=_OUTPUT_BITS))
+        found += [_Candidate("nested-anyprecision", bits, tables) for bits in widths]
         found += [_Candidate("separate", bits, nested(bits)) for bits in widths]
     return found
 
@@ -134,7 +139,7 @@ def _row(candidate: _Candidate, quality: QualityResult, engine: str, mode: str) 
         effective_bits=sizes.effective_bits,
         read_bits=candidate.read_bits,
         output_bits=sizes.output_bits,
-        group_size=_GROUP_SIZE,
+        group_size=None if candidate.method == "nested-anyprecision" else _GROUP_SIZE,
         weight_bytes=sizes.weight_bytes,
         fit_seconds=candidate.model.fit_seconds,
         calibration=None if candidate.method == "rtn" else "self",

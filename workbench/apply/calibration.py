@@ -1,0 +1,52 @@
+"""What methods that learn from text share: where the text comes from, and whether the model can give it."""
+
+from __future__ import annotations
+
+import torch
+
+from workbench.corpus import Split, TextRecord, open_text, windows
+from workbench.errors import RecipeError
+from workbench.models.base import LoadedModel
+from workbench.progress import Job
+
+_WINDOW, _SAMPLED = 512, 576  # tokens; text encoded again can come out shorter than it was sampled
+_SHORTEST = 64  # tokens of a sampled document: shorter ones have few tokens with a past
+_BATCH = 8  # documents that are sampled together
+FEWEST_TOKENS = _BATCH * _SHORTEST  # that calibration windows are made of
+
+
+def check_finite(model: LoadedModel, way_out: str | None = None) -> None:
+    """Refuse a damaged model before it is asked for text: sampling cannot say what is wrong with it.
+
+    Args:
+        model: the dense model.
+        way_out: what else to do where its outputs overflow.
+
+    Raises:
+        RecipeError: a weight or an output is not finite.
+    """
+    for linear in model.architecture.linears:
+        if not bool(model.linear_module(linear.id).weight.isfinite().all()):
+            raise RecipeError(f"A weight of {linear.id} is NaN or infinite: the model is damaged, so load it anew.")
+    ids = torch.tensor([model.encode("The")], device=model.device)
+    with torch.no_grad():
+        if not bool(model.module(input_ids=ids, use_cache=False).logits.isfinite().all()):
+            raise RecipeError(
+                f"The outputs of {model.name} are not finite, so no text can be sampled from it: load it in float32"
+                + (f", or {way_out}." if way_out else ".")
+            )
+
+
+def calibration_windows(
+    model: LoadedModel, n_tokens: int, seed: int, job: Job, split: Split = "calibration"
+) -> tuple[list[tuple[int, ...]], TextRecord]:
+    """Windows of text that the model sampled: never a text that it is measured on.
+
+    Raises:
+        CorpusError: the model's context is too short to sample text.
+    """
+    # Documents as long as the tokens allow in one batch, and shorter than the context by what a start takes.
+    length = min(_SAMPLED, model.architecture.context_length - 8, -(-n_tokens // _BATCH))
+    corpus = open_text("self", split, model=model, n_tokens=n_tokens, seed=seed, length=length, job=job)
+    found = [window.tokens for window in windows(corpus, model, max(2, length * _WINDOW // _SAMPLED))]
+    return found, corpus.record(sum(map(len, found)))
