@@ -40,14 +40,17 @@ def gain_damage(architecture: Architecture, selectors: Selectors) -> pd.DataFram
 
 
 def learnt_damage(architecture: Architecture, selectors: Selectors, target: float) -> pd.DataFrame:
-    """Distance of each width from the precision learnt for a target, by weight: what rounding to widths minimises."""
+    """What each width lacks of the precision learnt for a target, squared, by weight.
+
+    Widths beyond the precision lack nothing, so rounding spends the whole average on the units that lack most.
+    """
     precision = learnt_precision(architecture, selectors, target)
     rows = []
     for index, unit in enumerate(architecture.units):
         for bits in selectors.widths:
             if bits <= selectors.highest[index]:
-                distance = unit.n_weights * (float(bits) - precision[index]) ** 2
-                rows.append((unit.id, int(bits), distance, unit.n_weights))
+                lack = unit.n_weights * max(precision[index] - float(bits), 0.0) ** 2
+                rows.append((unit.id, int(bits), lack, unit.n_weights))
     return pd.DataFrame(rows, columns=["unit", "bits", "damage", "n_weights"])
 
 

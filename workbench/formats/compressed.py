@@ -266,8 +266,9 @@ def _bits_per_weight(encodings: Any) -> float:
 
 
 def _tensor_digest(tensor: torch.Tensor) -> list[Any]:
-    raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-    return [str(tensor.dtype), list(tensor.shape), hashlib.sha256(raw.numpy().data).hexdigest()]
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    raw = flat.view(torch.uint8).numpy().data if len(flat) else b""  # an empty tensor has no bytes to view
+    return [str(tensor.dtype), list(tensor.shape), hashlib.sha256(raw).hexdigest()]
 
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:

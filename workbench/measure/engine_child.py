@@ -10,6 +10,8 @@ from typing import Any, Protocol
 import numpy as np
 
 from workbench.errors import EngineError
+from workbench.formats.compressed import CompressedModel
+from workbench.formats.selectors import Selectors
 from workbench.measure.child import serve
 from workbench.measure.decoding import decode, lengthen, prefill_seconds
 from workbench.measure.latency_child import order_of_round
@@ -17,6 +19,7 @@ from workbench.progress import Job
 from workbench.runtime import open_engine
 from workbench.runtime.cpu import CpuEngine
 from workbench.runtime.plan import Policy, width_plan
+from workbench.runtime.precision import gain_thresholds, precision_plan
 
 
 @dataclass(frozen=True)
@@ -43,16 +46,13 @@ class Side(Protocol):
 
 
 class CpuSide:
-    """The cpu engine; several sides may share one nested model, each with its width."""
+    """The cpu engine; several sides may share one nested model, each with its policy."""
 
-    def __init__(self, engine: CpuEngine, bits: int | None) -> None:
-        self._engine, self._bits = engine, bits
-
-    def _set_width(self) -> None:
-        self._engine.set_policy(Policy({} if self._bits is None else {"width": self._bits}))
+    def __init__(self, engine: CpuEngine, policy: Policy) -> None:
+        self._engine, self._policy = engine, policy
 
     def decode(self, prompt: Sequence[int], new_tokens: int) -> Timing:
-        self._set_width()
+        self._engine.set_policy(self._policy)
         sequence, at = self._engine.start(), [0.0]
         self._engine.generate(sequence, prompt, new_tokens + 1, on_token=lambda _: at.append(time.perf_counter()))
         steps = sequence.trace[len(prompt) :]
@@ -65,7 +65,7 @@ class CpuSide:
         )
 
     def prefill(self, prompt: Sequence[int]) -> float:
-        self._set_width()
+        self._engine.set_policy(self._policy)
         return prefill_seconds(self._engine, prompt)
 
 
@@ -112,25 +112,43 @@ def _open(sides: Sequence[dict[str, Any]], threads: int, context: int, job: Job)
     engines: dict[tuple, Any] = {}
     found: list[Side] = []
     for side in sides:
-        key = (side["engine"], side["source"], side["dtype"])
+        # Plans of the rule ``gain`` differ in thresholds alone, those of ``error`` in their estimators.
+        rule = side.get("rule")
+        plan = (rule, side["target"] if rule == "error" else None)
+        key = (side["engine"], side["source"], side["dtype"], plan)
         if side["engine"] == "llama.cpp":
             found.append(LlamaCppSide(side["source"], threads, context))
         else:
             if key not in engines:
                 engines[key] = _engine(side, threads)
             engine = engines[key]
-            found.append(CpuSide(engine, side["bits"]) if side["engine"] == "cpu" else ReferenceSide(engine))
+            found.append(CpuSide(engine, _policy(side)) if side["engine"] == "cpu" else ReferenceSide(engine))
         job.advance()
     return found
 
 
 def _engine(side: dict[str, Any], threads: int) -> Any:
-    if side["bits"] is None:
+    if side.get("rule") is None and side["bits"] is None:
         return open_engine(side["source"], engine=side["engine"], threads=threads, dtype=side["dtype"])
-    from workbench.formats.compressed import CompressedModel
-
     model = CompressedModel.load(side["source"])
-    return CpuEngine(model, width_plan(model.architecture, side["widths"], side["widths"][-1]), threads=threads)
+    if side.get("rule") is None:
+        plan = width_plan(model.architecture, side["widths"], side["widths"][-1])
+    else:
+        plan = precision_plan(model.architecture, _selectors(model), side["target"], side["rule"])
+    return CpuEngine(model, plan, threads=threads)
+
+
+def _policy(side: dict[str, Any]) -> Policy:
+    if side.get("rule") == "gain":
+        model = CompressedModel.load(side["source"], verify=False)
+        return Policy(thresholds=gain_thresholds(model.architecture, _selectors(model), side["target"]))
+    return Policy({} if side["bits"] is None else {"width": side["bits"]})
+
+
+def _selectors(model: CompressedModel) -> Selectors:
+    if model.selectors is None:
+        raise EngineError(f"{model.folder} has no selectors: compress it with 'dynamic-precision'.")
+    return model.selectors
 
 
 def measure(request: dict[str, Any], job: Job) -> dict[str, Any]:

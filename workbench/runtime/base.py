@@ -117,9 +117,19 @@ class Engine(Protocol):
         ...
 
     def log_probabilities(
-        self, tokens: Sequence[int], *, prompt_length: int = 1, chunk: int = 128
+        self,
+        tokens: Sequence[int],
+        *,
+        prompt_length: int = 1,
+        chunk: int = 128,
+        replay: Sequence[dict[str, Any]] | None = None,
+        trace: list[StepTrace] | None = None,
     ) -> Iterator[tuple[int, np.ndarray]]:
-        """Yield (first position, log-probabilities (n, vocab)) for positions 0 .. len - 1, ``chunk`` at a time."""
+        """Yield (first position, log-probabilities (n, vocab)) for positions 0 .. len - 1, ``chunk`` at a time.
+
+        ``replay`` gives recorded decisions per position to use instead of deciding; ``trace`` is filled with one entry
+        per position, at the latest when its log-probabilities are yielded.
+        """
         ...
 
     def set_policy(self, policy: Policy) -> None:

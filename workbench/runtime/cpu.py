@@ -243,11 +243,17 @@ class CpuEngine(Guarded):
         return np.concatenate(found)[:-1]
 
     def log_probabilities(
-        self, tokens: Sequence[int], *, prompt_length: int = 1, chunk: int = 128
+        self,
+        tokens: Sequence[int],
+        *,
+        prompt_length: int = 1,
+        chunk: int = 128,
+        replay: Sequence[dict[str, Any]] | None = None,
+        trace: list[StepTrace] | None = None,
     ) -> Iterator[tuple[int, np.ndarray]]:
         """Yield (first position, log-probabilities float32 (n, vocab)); see ``Engine.log_probabilities``."""
         self._check_tokens(tokens, 0)
-        sequence = self.start()
+        sequence = self.start(replay=replay)
         sequence._core.prompt_length = prompt_length
         ids = _ids(tokens)
         for begin, end in self._chunks(len(tokens), prompt_length, chunk):
@@ -256,6 +262,8 @@ class CpuEngine(Guarded):
             logits -= np.log(np.exp(logits, dtype=np.float32).sum(axis=1, dtype=np.float64, keepdims=True)).astype(
                 np.float32
             )
+            if trace is not None:
+                trace += sequence.trace[begin:end]
             yield begin, logits
 
     def set_policy(self, policy: Policy) -> None:

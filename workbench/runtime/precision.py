@@ -23,6 +23,7 @@ import numpy as np
 from workbench.errors import EngineError
 from workbench.formats.selectors import Selectors
 from workbench.models.base import Architecture, Unit
+from workbench.runtime.base import StepTrace
 from workbench.runtime.plan import (
     Consumer,
     Decider,
@@ -89,7 +90,7 @@ def gain_thresholds(
         norms: float32 (U, K), quantiles of norms to hold the average on instead of those of calibration.
     """
     _check_target(architecture, selectors, target)
-    low, high = 1e-12, 1e12
+    low, high = 1e-40, 1e20  # far beyond what any step is worth: at the ends all or none are taken
     for _ in range(100):
         price = float(np.sqrt(low * high))
         if expected_bits(architecture, selectors, cuts := _cuts(architecture, selectors, price), norms) > target:
@@ -157,6 +158,32 @@ def ladder_plan(architecture: Architecture, allocations: Sequence[Mapping[str, i
     return Plan((decider,), tuple(consumers))
 
 
+class WidthReader:
+    """Average width of each step under a plan, over the weights of all units."""
+
+    def __init__(self, architecture: Architecture, plan: Plan) -> None:
+        sizes = {unit.id: unit.n_weights for unit in architecture.units}
+        used = [consumer for consumer in plan.consumers if consumer.kind == "width"]
+        self._slots = [consumer.slot for consumer in used]
+        self._shares = np.array([sizes[c.target] for c in used], dtype=np.float64) / sum(sizes.values())
+        longest = max(len(c.levels) for c in used)
+        self._levels = np.full((len(used), longest), np.nan)
+        for index, consumer in enumerate(used):
+            self._levels[index, : len(consumer.levels)] = consumer.levels
+
+    def __call__(self, steps: Sequence[StepTrace]) -> np.ndarray:
+        """Bits, float64 (n,).
+
+        Raises:
+            EngineError: steps of another plan.
+        """
+        try:
+            level = np.array([[step.decisions[slot] for slot in self._slots] for step in steps], dtype=np.int64)
+            return self._levels[np.arange(len(self._slots)), level.reshape(len(steps), -1)] @ self._shares
+        except (KeyError, IndexError) as error:
+            raise EngineError("These steps chose no width per unit: they ran another plan.") from error
+
+
 def _cuts(architecture: Architecture, selectors: Selectors, price: float) -> np.ndarray:
     """Norms (U, W - 1) above which a step is worth more per weight than ``price``."""
     steps = np.diff(selectors.widths.astype(np.float64))
@@ -219,5 +246,5 @@ def _shares(architecture: Architecture) -> np.ndarray:
 
 def _check_target(architecture: Architecture, selectors: Selectors, target: float) -> None:
     low, high = target_range(architecture, selectors)
-    if not low <= target <= high:
+    if not low - 1e-9 <= target <= high + 1e-9:
         raise EngineError(f"A target of {target:g} bits is not possible: this model reads {low:g} to {high:.4g} bits.")

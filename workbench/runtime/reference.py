@@ -177,10 +177,16 @@ class ReferenceEngine(Guarded):
         return torch.cat(found).numpy()
 
     def log_probabilities(
-        self, tokens: Sequence[int], *, prompt_length: int = 1, chunk: int = 128
+        self,
+        tokens: Sequence[int],
+        *,
+        prompt_length: int = 1,
+        chunk: int = 128,
+        replay: Sequence[dict[str, Any]] | None = None,
+        trace: list[StepTrace] | None = None,
     ) -> Iterator[tuple[int, np.ndarray]]:
         """Yield (first position, log-probabilities float32 (n, vocab)); see ``Engine.log_probabilities``."""
-        for first, logits in self._chunks(tokens, prompt_length, chunk, None, None):
+        for first, logits in self._chunks(tokens, prompt_length, chunk, replay, trace):
             rows = logits.log_softmax(dim=1).numpy()
             del logits  # not held while the rows are used
             yield first, rows

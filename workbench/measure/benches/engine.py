@@ -37,13 +37,13 @@ from workbench.runtime.plan import Policy, width_plan
 WIDTHS = (2, 3, 4, 5, 6, 8)
 _QUICK_WIDTHS = (3, 4, 8)
 _GROUP_SIZE = 64
-_PROMPT = (
+PROMPT = (
     "Before a model is made smaller, somebody has to say where it may lose precision and where it may not, and then "
     "measure what that did."
 )
-_PROMPT_TOKENS, _NEW_TOKENS = 16, 128
-_CHILD, _LEAN = "workbench.measure.engine_child", "workbench.measure.lean_child"
-_GET_LLAMA = "llama-cpp-python is not installed: pip install 'compression-workbench[bench]' (it compiles llama.cpp)"
+PROMPT_TOKENS, NEW_TOKENS = 16, 128
+CHILD, _LEAN = "workbench.measure.engine_child", "workbench.measure.lean_child"
+GET_LLAMA = "llama-cpp-python is not installed: pip install 'compression-workbench[bench]' (it compiles llama.cpp)"
 
 
 @dataclass
@@ -98,7 +98,7 @@ def engine(context: BenchContext) -> Rows:
     """
     choose_engine("cpu")
     model = load(context.model, job=context.job)
-    prompt = model.encode(_PROMPT)[:_PROMPT_TOKENS]
+    prompt = model.encode(PROMPT)[:PROMPT_TOKENS]
     with tempfile.TemporaryDirectory() as folder:
         rows = _contenders(model, Path(folder), context)
         dense_quality = _measure_quality(model, rows, context)
@@ -106,11 +106,11 @@ def engine(context: BenchContext) -> Rows:
         del model  # the timing process loads its own
         timed = [r for r in rows if not r.note]
         answer = run_child(
-            _CHILD,
+            CHILD,
             {
                 "sides": [r.side() for r in timed],
                 "prompt": prompt,
-                "new_tokens": _NEW_TOKENS,
+                "new_tokens": NEW_TOKENS,
                 "pairs": PAIRS_FOR_A_CLAIM,
                 "warmup": 1,
                 "threads": context.threads,
@@ -123,7 +123,7 @@ def engine(context: BenchContext) -> Rows:
         memory = {
             r.source: run_child(
                 _LEAN,
-                {"folder": r.source, "threads": context.threads, "prompt": prompt, "new_tokens": _NEW_TOKENS},
+                {"folder": r.source, "threads": context.threads, "prompt": prompt, "new_tokens": NEW_TOKENS},
                 threads=context.threads,
                 job=context.job,
             )
@@ -161,9 +161,7 @@ def _contenders(model: LoadedModel, folder: Path, context: BenchContext) -> list
     if path is not None:
         there = find_spec("llama_cpp") is not None
         found.append(
-            _Row(
-                "llama.cpp", "gguf", "llama.cpp", str(path), variant="as in the file", note="" if there else _GET_LLAMA
-            )
+            _Row("llama.cpp", "gguf", "llama.cpp", str(path), variant="as in the file", note="" if there else GET_LLAMA)
         )
     return found
 

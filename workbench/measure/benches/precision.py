@@ -1,4 +1,4 @@
-"""What a width costs: one nested copy read at every width beside copies made for one width alone."""
+"""What widths cost: one nested copy read at every width, mixes of widths, and widths that every token chooses."""
 
 from __future__ import annotations
 
@@ -10,10 +10,14 @@ import numpy as np
 from workbench.apply.anyprecision import AnyPrecisionConfig
 from workbench.apply.config import MethodConfig
 from workbench.apply.nested import NestedConfig
+from workbench.apply.precision_config import PrecisionConfig
 from workbench.apply.recipe import Recipe
 from workbench.apply.rtn import RtnConfig
+from workbench.corpus import TextRecord, Window
 from workbench.formats.compressed import CompressedModel
 from workbench.measure.bench import BenchContext, Rows, bench
+from workbench.measure.benches.precision_speed import measure_speed
+from workbench.measure.benches.precision_targets import STATIC, Candidate, Targets, against_static, evaluate
 from workbench.measure.measurement import evaluation_windows
 from workbench.measure.quality import QualityResult, compare_many
 from workbench.measure.result import Sizes, dense_quality_columns, quality_columns
@@ -26,6 +30,7 @@ from workbench.runtime.plan import Policy, width_plan
 
 WIDTHS = (3, 4, 5, 6)
 _QUICK_WIDTHS = (3, 4)
+TEXTS = ("prose", "pydoc")
 _GROUP_SIZE = 64
 _NESTED = ("nested", "nested-anyprecision")  # one copy, read at every width
 _OUTPUT_BITS = 16  # the claim is about the blocks' linears
@@ -55,20 +60,88 @@ class _Candidate:
         return read / sum(e.shape[0] * e.shape[1] for e in linears)
 
 
-@bench("precision", extra_keys=("ratio", "gap_closed", "to_separate", "calibration"))
+@bench(
+    "precision",
+    extra_keys=(
+        "ratio",
+        "gap_closed",
+        "to_separate",
+        "realised_bits",
+        "rival",
+        "rival_read_bits",
+        "rival_ratio",
+        "to_rival",
+        "to_rival_low",
+        "to_rival_high",
+        "kl_to_rival",
+        "kl_to_rival_low",
+        "kl_to_rival_high",
+        "selector_share",
+        "to_line",
+        "speed_ratio",
+        "speed_low",
+        "speed_high",
+        "note",
+    ),
+)
 def precision(context: BenchContext) -> Rows:
-    """Uniform widths: round-to-nearest, one nested copy read at each, and the same quantizer run for one width alone.
+    """What widths cost: uniform ones, static mixes, and widths chosen per token, all read from nested copies.
+
+    Uniform: round-to-nearest, one nested copy read at each width, and the same quantizer run for one width alone
+    (``separate``). Between them, at targets of average code bits: static allocations, a schedule by position, DP-LLM
+    (``dpllm``), the rule ``gain`` (``dynamic``) and its rates drawn at random.
 
     ``ratio`` is perplexity over that of the dense model; ``gap_closed`` the share of the logarithm of
     round-to-nearest's ratio at that width that a method takes away; ``to_separate`` nested perplexity over that of
-    ``separate``, minus one. ``nested-anyprecision`` is Any-Precision LLM's copy, left out where quick. The
-    output layer stays dense. Fits use text sampled from the model itself.
+    ``separate``, minus one. ``nested-anyprecision`` is Any-Precision LLM's copy, left out where quick.
+    ``realised_bits`` are average code bits; ``read_bits`` count scales, zero points and what decisions read too.
+    ``rival`` is the best static allocation that reads as many bits: ``to_rival`` nats a token more (less: better), with
+    its interval. Speed: ``to_line`` is the time of a token over that of a straight line in bytes between the uniform
+    widths beside it, minus one; ``selector_share`` what deciding takes of a step; ``speed_ratio`` against llama.cpp.
+
+    The output layer stays dense. Fits use text sampled from the model itself.
     """
     model = load(context.model, job=context.job)
     candidates = _candidates(model, context)
-    n_windows, length = (40, 128) if context.quick else (40, 512)
-    windows, record = evaluation_windows(context.text or "prose", model, n_windows, length)
+    chosen = _chosen(model, context)
+    targets = Targets(model, chosen, context)
     dense = open_engine(model, threads=context.threads, activation_mode="fp32")
+    rows: Rows = []
+    try:
+        for text in _texts(context):
+            n_windows, length = (40, 128) if context.quick else (40, 512)
+            found, record = evaluation_windows(text, model, n_windows, length)
+            rows += _width_rows(model, dense, candidates, found, record, context)
+            rows += _target_rows(targets, dense, found, record, context)
+    finally:
+        targets.close()
+        dense.close()
+    speeds = measure_speed(model, chosen, targets.targets, context)
+    for entry in rows:
+        entry |= speeds.get((entry["method"], entry["bits"]), {})
+    return rows + speeds.get(("llama.cpp", None), {}).get("rows", [])
+
+
+def _texts(context: BenchContext) -> tuple[str, ...]:
+    if context.text:
+        return (context.text,)
+    return TEXTS[:1] if context.quick else TEXTS
+
+
+def _chosen(model: LoadedModel, context: BenchContext) -> CompressedModel:
+    """The nested copy with what chooses its widths."""
+    nested = NestedConfig(widths=WIDTHS, group_size=_GROUP_SIZE, output_bits=_OUTPUT_BITS)
+    return context.compress(model, Recipe.for_model(model, nested, PrecisionConfig()), context.job)
+
+
+def _width_rows(
+    model: LoadedModel,
+    dense: Engine,
+    candidates: list[_Candidate],
+    windows: list[Window],
+    record: TextRecord,
+    context: BenchContext,
+) -> Rows:
     found: list[QualityResult] = []
     modes = []
     for candidate in candidates:
@@ -78,13 +151,40 @@ def precision(context: BenchContext) -> Rows:
             modes.append(engine.activation_mode)
         finally:
             engine.close()
-    name = dense.name
-    dense.close()
-    rows = [_dense_row(model, found[0], name)]
+    rows = [_dense_row(model, found[0], dense.name)]
     by_key = {(c.method, c.bits): q for c, q in zip(candidates, found, strict=True)}
     for candidate, quality, mode in zip(candidates, found, modes, strict=True):
-        rows.append(_row(candidate, quality, name, mode) | _against(candidate, quality, by_key))
+        rows.append(_row(candidate, quality, dense.name, mode) | _against(candidate, quality, by_key))
     return rows
+
+
+def _target_rows(
+    targets: Targets, dense: Engine, windows: list[Window], record: TextRecord, context: BenchContext
+) -> Rows:
+    wanted = [(method, target) for method in STATIC for target in targets.targets]
+    candidates = [*targets.statics(wanted), *targets.by_position(), *targets.dynamic(), *targets.published()]
+    found = evaluate(dense, candidates, windows, record, context)
+    moving = [pair for pair in zip(candidates, found, strict=True) if pair[0].method in ("dynamic", "dpllm")]
+    compared = against_static(targets, dense, moving, windows, record, context)
+    rivals = {id(candidate): columns for (candidate, _), columns in zip(moving, compared, strict=True)}
+    return [
+        _target_row(targets.model, candidate, quality) | rivals.get(id(candidate), {})
+        for candidate, quality in zip(candidates, found, strict=True)
+    ]
+
+
+def _target_row(model: CompressedModel, candidate: Candidate, quality: QualityResult) -> dict[str, Any]:
+    return _columns(model, quality) | {
+        "method": candidate.method,
+        "variant": candidate.variant,
+        "engine": candidate.engine.name,
+        "activation_mode": candidate.engine.activation_mode,
+        "bits": candidate.target,
+        "read_bits": candidate.read_bits,
+        "realised_bits": candidate.realised_bits,
+        "calibration": "self",
+        "ratio": _ratio(quality),
+    }
 
 
 def _candidates(model: LoadedModel, context: BenchContext) -> list[_Candidate]:
@@ -127,22 +227,30 @@ def _against(
 
 
 def _row(candidate: _Candidate, quality: QualityResult, engine: str, mode: str) -> dict[str, Any]:
-    sizes = Sizes.of_compressed(candidate.model)
+    entry = _columns(candidate.model, quality) | {
+        "method": candidate.method,
+        "variant": f"{candidate.bits} bits",
+        "engine": engine,
+        "activation_mode": mode,
+        "bits": candidate.bits,
+        "read_bits": candidate.read_bits,
+        "realised_bits": float(candidate.bits),
+        "calibration": None if candidate.method == "rtn" else "self",
+    }
+    return entry | ({"group_size": None} if candidate.method == "nested-anyprecision" else {})
+
+
+def _columns(model: CompressedModel, quality: QualityResult) -> dict[str, Any]:
+    """What rows of one compressed model share."""
+    sizes = Sizes.of_compressed(model)
     return row(
         name="workbench",
-        method=candidate.method,
-        variant=f"{candidate.bits} bits",
-        engine=engine,
-        activation_mode=mode,
-        bits=candidate.bits,
         activation_bits=16,
         effective_bits=sizes.effective_bits,
-        read_bits=candidate.read_bits,
         output_bits=sizes.output_bits,
-        group_size=None if candidate.method == "nested-anyprecision" else _GROUP_SIZE,
+        group_size=_GROUP_SIZE,
         weight_bytes=sizes.weight_bytes,
-        fit_seconds=candidate.model.fit_seconds,
-        calibration=None if candidate.method == "rtn" else "self",
+        fit_seconds=model.fit_seconds,
         text=quality.text.name if quality.text is not None else None,
         n_tokens=quality.n_tokens,
         repeats=quality.n_windows,

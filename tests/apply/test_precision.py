@@ -1,0 +1,363 @@
+"""Dynamic precision: what is measured and learnt, what is stored of it, and the plans that follow for any target."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from workbench.analysis.gains import token_gains
+from workbench.apply.allocation import allocate, average_bits, gain_damage, learnt_damage
+from workbench.apply.compress import compress
+from workbench.apply.estimators import refine, regress, unit_errors
+from workbench.apply.learn_precision import learn_precision
+from workbench.apply.nested import NestedConfig
+from workbench.apply.precision_config import PrecisionConfig
+from workbench.apply.recipe import Recipe
+from workbench.apply.rtn import RtnConfig
+from workbench.errors import Cancelled, EngineError, IntegrityError, RecipeError
+from workbench.formats.compressed import CompressedModel
+from workbench.formats.nested import Nested, NestedCodes
+from workbench.formats.selectors import Selectors
+from workbench.models import LoadedModel
+from workbench.progress import Job
+from workbench.runtime import open_engine
+from workbench.runtime.base import StepTrace
+from workbench.runtime.plan import Policy, ProjectionLevels
+from workbench.runtime.precision import (
+    cuts_of,
+    expected_bits,
+    gain_thresholds,
+    learnt_precision,
+    precision_plan,
+    target_range,
+)
+from workbench.runtime.precision_control import PrecisionController
+
+NESTED = NestedConfig(widths=(2, 3, 5), group_size=16, fit="rounded")
+PRECISION = PrecisionConfig(targets=(2.5, 4.0), learning_steps=3, projection_rows=4, calibration_tokens=1024)
+
+
+def recipe(model: LoadedModel, **changes: object) -> Recipe:
+    return Recipe.for_model(model, NESTED, PRECISION.model_copy(update=changes))
+
+
+@pytest.fixture(scope="module")
+def made(make_model: Callable[..., LoadedModel]) -> CompressedModel:
+    model = make_model()
+    return compress(model, recipe(model))
+
+
+@pytest.fixture(scope="module")
+def chosen(made: CompressedModel) -> Selectors:
+    assert made.selectors is not None
+    return made.selectors
+
+
+def codes_of(model: CompressedModel) -> dict[str, NestedCodes]:
+    return {name: encoding.codes for name, encoding in model.linears.items() if isinstance(encoding, Nested)}
+
+
+def windows(seed: int = 0, count: int = 3, length: int = 48) -> list[list[int]]:
+    return torch.randint(0, 256, (count, length), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def bits_read(model: CompressedModel, step: StepTrace) -> float:
+    sizes = {unit.id: unit.n_weights for unit in model.architecture.units}
+    widths = (2, 3, 5)
+    return sum(n * widths[int(step.decisions[name])] for name, n in sizes.items()) / sum(sizes.values())
+
+
+def test_the_fit_leaves_the_model_alone_and_repeats_to_the_bit(tiny_model: LoadedModel, made: CompressedModel) -> None:
+    before = {name: tensor.clone() for name, tensor in tiny_model.module.state_dict().items()}
+    again = compress(tiny_model, recipe(tiny_model))
+    assert again.sha256 == made.sha256
+    after = tiny_model.module.state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert not any(parameter.requires_grad for parameter in tiny_model.module.parameters())
+
+
+def test_gains_are_what_widening_one_unit_takes_off_the_divergence(
+    tiny_model: LoadedModel, made: CompressedModel
+) -> None:
+    """Against the difference that is measured by switching one unit, the others half way, on the same text."""
+    from workbench.analysis.divergence import divergence, final_states
+    from workbench.apply.nested_tune import in_place_of_dense
+
+    codes = codes_of(made)
+    text = windows(1, 2)
+    gains = token_gains(tiny_model, codes, 3, 5, text, Job()).sum(axis=0)
+    half = {name: torch.lerp(c.dequantize(3), c.dequantize(5), 0.5) for name, c in codes.items()}
+
+    def total(changed: dict[str, torch.Tensor]) -> float:
+        weights = {name: torch.nn.Parameter(w, requires_grad=False) for name, w in {**half, **changed}.items()}
+        found = 0.0
+        for window in text:
+            ids = torch.tensor([window])
+            with torch.no_grad():
+                dense = final_states(tiny_model, ids)
+                with in_place_of_dense(tiny_model, weights):
+                    found += float(divergence(tiny_model, dense, ids)) * len(window)
+        return found
+
+    measured = []
+    for unit in tiny_model.architecture.units:
+        low, high = ({x.id: codes[x.id].dequantize(bits) for x in unit.linears} for bits in (3, 5))
+        measured.append(total(low) - total(high))
+    assert np.corrcoef(gains, measured)[0, 1] > 0.95
+    np.testing.assert_allclose(gains.sum(), np.sum(measured), rtol=0.2)
+
+
+def test_learnt_precision_meets_its_target_and_spares_what_matters(
+    tiny_model: LoadedModel, made: CompressedModel
+) -> None:
+    codes = codes_of(made)
+    highest = {unit.id: 5 for unit in tiny_model.architecture.units}
+    highest["blocks.1.o"] = 2
+    found = learn_precision(tiny_model, codes, highest, windows(2, 4), 3.2, 24, Job())
+    assert found["blocks.1.o"] == 2  # its only width
+    assert all(2 <= value <= 5 for value in found.values())
+    sizes = {unit.id: unit.n_weights for unit in tiny_model.architecture.units}
+    average = sum(sizes[name] * value for name, value in found.items()) / sum(sizes.values())
+    assert average == pytest.approx(3.2, abs=0.1)
+    assert np.std(list(found.values())) > 0.05
+
+
+def test_refined_projections_estimate_errors_no_worse(tiny_model: LoadedModel, made: CompressedModel) -> None:
+    for one in unit_errors(tiny_model, codes_of(made), windows(3, 6), 24, 0, Job()):
+        for step in range(2):
+            rows, steps = refine(one.rows[step], one.projected[:, step], one.errors[:, step])
+            assert rows.dtype == np.int8
+            assert len(rows) == len(steps) <= 24
+            exact = np.square(one.errors[:, step], dtype=np.float64)
+            random = np.square(one.projected[:, step]).sum(axis=1)
+            # The refined rows stand for weights w >= 0 on the squares; scaling all alike is one choice among them.
+            scaled = random * (random @ exact) / (random @ random)
+            # Inputs that give the same projections: rows are multiples of those of the projection.
+            inputs = np.linalg.lstsq(one.rows[step], one.projected[:, step].T, rcond=None)[0].T
+            refined = np.square((inputs @ rows.T.astype(np.float32)) * steps).sum(axis=1)
+            assert np.square(refined - exact).sum() <= 1.05 * np.square(scaled - exact).sum()
+
+
+def test_regression_knows_a_line() -> None:
+    x = np.linspace(1, 3, 50, dtype=np.float32)
+    np.testing.assert_allclose(regress(x, 2 * x + 1), [2, 1, 1], atol=1e-5)
+    assert regress(x, np.ones(50, np.float32))[2] == 0
+    assert regress(np.ones(50, np.float32), x)[0] == 0
+
+
+@pytest.mark.parametrize("target", [2.0, 2.4, 3.0, 3.7, 4.9, 5.0])
+def test_thresholds_hold_the_target_on_calibration_text(
+    made: CompressedModel, chosen: Selectors, target: float
+) -> None:
+    arch = made.architecture
+    cuts = cuts_of(arch, chosen, gain_thresholds(arch, chosen, target))
+    assert expected_bits(arch, chosen, cuts) == pytest.approx(target, abs=0.02)
+    assert (np.diff(cuts, axis=1) >= 0).all()
+
+
+@pytest.mark.parametrize("rule", ["gain", "error"])
+def test_plans_read_about_their_target_and_engines_agree(
+    tiny_model: LoadedModel, made: CompressedModel, chosen: Selectors, rule: str
+) -> None:
+    text = windows(4, 1, 200)[0]
+    averages = []
+    for target in (2.5, 3.25, 4.0):
+        plan = precision_plan(made.architecture, chosen, target, rule)  # type: ignore[arg-type]
+        traces: list[list[StepTrace]] = [[], []]
+        engines = [open_engine(made, engine=name, plan=plan, activation_mode="fp32") for name in ("reference", "cpu")]
+        for engine, trace in zip(engines, traces, strict=True):
+            engine.score(text, trace=trace)  # type: ignore[call-arg]
+        decisions = [[s.decisions for s in trace] for trace in traces]
+        same = [a[unit.id] == b[unit.id] for a, b in zip(*decisions, strict=True) for unit in made.architecture.units]
+        assert np.mean(same) > 0.98  # where a score lies at its threshold, rounding decides, and moves what follows
+        found = [e.score(text, replay=decisions[1]) for e in engines]  # type: ignore[call-arg]
+        np.testing.assert_allclose(*found, atol=2e-3)
+        used = {c.target: c.widths for c in plan.consumers}
+        averages.append(
+            np.mean(
+                [
+                    sum(
+                        unit.n_weights * used[unit.id][int(step.decisions[unit.id])] for unit in made.architecture.units
+                    )
+                    for step in traces[1]
+                ]
+            )
+            / sum(unit.n_weights for unit in made.architecture.units)
+        )
+    assert averages == sorted(averages)
+    np.testing.assert_allclose(averages, (2.5, 3.25, 4.0), atol=0.5)  # other text than it was calibrated on
+
+
+def test_a_units_worth_decides_and_the_first_token_is_read_widest(made: CompressedModel, chosen: Selectors) -> None:
+    arch = made.architecture
+    gains = np.full_like(chosen.gains, 1e-6)
+    gains[0] = 1.0
+    changed = dataclasses.replace(chosen, gains=gains)
+    share = arch.units[0].n_weights / sum(unit.n_weights for unit in arch.units)
+    thresholds = gain_thresholds(arch, changed, 2 + 3 * share)
+    trace: list[StepTrace] = []
+    engine = open_engine(made, engine="cpu", plan=precision_plan(arch, changed, 2 + 3 * share))
+    engine.score(windows(5, 1)[0], trace=trace)  # type: ignore[call-arg]
+    assert max(thresholds[arch.units[0].id]) < min(min(thresholds[unit.id]) for unit in arch.units[1:])
+    assert all(step.decisions[arch.units[0].id] == 2 for step in trace)
+    assert set(trace[0].decisions.values()) == {2.0}
+
+
+def test_changing_the_target_takes_effect_at_the_next_token(made: CompressedModel, chosen: Selectors) -> None:
+    arch = made.architecture
+    engine = open_engine(made, engine="cpu", plan=precision_plan(arch, chosen, 2.3))
+    sequence = engine.start()
+    engine.prefill(sequence, windows(6, 1, 20)[0])
+    for target, expected in ((5.0, 5.0), (2.0, 2.0)):
+        engine.set_policy(Policy(thresholds=gain_thresholds(arch, chosen, target)))
+        engine.step([sequence], [7])
+        assert bits_read(made, sequence.trace[-1]) == pytest.approx(expected, abs=0.35)
+
+
+def test_later_text_changes_no_earlier_choice(made: CompressedModel, chosen: Selectors) -> None:
+    for rule in ("gain", "error"):
+        plan = precision_plan(made.architecture, chosen, 3.0, rule)  # type: ignore[arg-type]
+        engine = open_engine(made, engine="cpu", plan=plan)
+        traces: list[list[StepTrace]] = [[], []]
+        one = windows(7, 1, 60)[0]
+        engine.score(one, trace=traces[0])  # type: ignore[call-arg]
+        engine.score(one[:30] + windows(8, 1, 30)[0], trace=traces[1])  # type: ignore[call-arg]
+        assert [s.decisions for s in traces[0][:30]] == [s.decisions for s in traces[1][:30]]
+
+
+def test_the_controller_brings_strange_text_back_to_the_target(made: CompressedModel, chosen: Selectors) -> None:
+    """Calibration norms that are too low: thresholds alone read too much, held ones do not."""
+    arch = made.architecture
+    strange = dataclasses.replace(chosen, norms=chosen.norms * np.float32(0.8), power=chosen.power * np.float32(0.64))
+    target = 3.0
+    engine = open_engine(made, engine="cpu", plan=precision_plan(arch, strange, target))
+    text = windows(9, 24, 128)
+
+    def run(controller: PrecisionController | None) -> float:
+        read: list[float] = []
+        for window in text:
+            if controller is not None:
+                engine.set_policy(controller.policy)
+            trace: list[StepTrace] = []
+            engine.score(window, trace=trace)  # type: ignore[call-arg]
+            read += [bits_read(made, step) for step in trace]
+            if controller is not None:
+                controller.observe(trace)
+        return float(np.mean(read))
+
+    alone = run(None)
+    controller = PrecisionController(arch, strange, target)
+    held = run(controller)
+    assert controller.realised == pytest.approx(held)
+    assert abs(held - target) < 0.05 < abs(alone - target)
+
+
+def test_static_allocations_are_exact(made: CompressedModel, chosen: Selectors) -> None:
+    arch = made.architecture
+    for target in (2.5, 3.5, 4.5):
+        for damage in (gain_damage(arch, chosen), learnt_damage(arch, chosen, target)):
+            found = allocate(damage, target)
+            assert target - 0.25 < average_bits(arch, found) <= target + 1e-9
+    low, high = target_range(arch, chosen)
+    assert (low, high) == pytest.approx((2.0, 5.0))
+    precision = learnt_precision(arch, chosen, 2.0)
+    np.testing.assert_array_equal(precision, 2.0)
+    np.testing.assert_array_equal(learnt_precision(arch, chosen, 5.0), 5.0)
+
+
+def test_memory_is_bounded_by_dropping_planes(tiny_model: LoadedModel, made: CompressedModel) -> None:
+    bounded = compress(tiny_model, recipe(tiny_model, memory_bits=3.4, targets=()))
+    selectors = bounded.selectors
+    assert selectors is not None
+    assert selectors.projections == {}
+    sizes = np.array([unit.n_weights for unit in bounded.architecture.units])
+    assert (selectors.highest * sizes).sum() / sizes.sum() <= 3.4
+    assert len(set(selectors.highest.tolist())) > 1
+    for index, unit in enumerate(bounded.architecture.units):
+        for linear in unit.linears:
+            encoding, whole = bounded.linears[linear.id], made.linears[linear.id]
+            assert encoding.bits == selectors.highest[index]  # type: ignore[attr-defined]
+            for bits in encoding.widths:  # type: ignore[attr-defined]
+                assert torch.equal(encoding.dequantize(bits), whole.dequantize(bits))
+    _, high = target_range(bounded.architecture, selectors)
+    plan = precision_plan(bounded.architecture, selectors, 2.8)
+    scores = [
+        open_engine(bounded, engine=n, plan=plan, activation_mode="fp32").score(windows(1, 1)[0])
+        for n in ("reference", "cpu")
+    ]
+    np.testing.assert_allclose(*scores, atol=2e-3)
+    with pytest.raises(EngineError, match="not possible"):
+        precision_plan(bounded.architecture, selectors, high + 0.1)
+    with pytest.raises(EngineError, match="learnt"):
+        precision_plan(bounded.architecture, selectors, 2.8, "error")
+
+
+def test_selectors_come_back_from_disk_and_are_counted(made: CompressedModel, tmp_path: Path) -> None:
+    made.save(tmp_path / "m")
+    back = CompressedModel.load(tmp_path / "m")
+    assert back.sha256 == made.sha256
+    assert back.selectors is not None
+    assert made.selectors is not None
+    for name, array in made.selectors.arrays().items():
+        np.testing.assert_array_equal(back.selectors.arrays()[name], array)
+    weights = sum(linear.n_weights for linear in made.architecture.linears)
+    plain = sum(e.stored_bits for e in made.linears.values()) / weights
+    assert made.effective_bits == pytest.approx(plain + made.selectors.stored_bits / weights)
+    open_engine(tmp_path / "m", engine="cpu").score([1, 2, 3])  # without torch's part of the model
+
+
+@pytest.mark.parametrize("fault", ["missing", "shape", "nan", "unknown", "orphan", "widths"])
+def test_damaged_selectors_are_refused(made: CompressedModel, chosen: Selectors, fault: str) -> None:
+    arrays = dict(chosen.arrays())
+    if fault == "missing":
+        del arrays["selectors.gains"]
+    elif fault == "shape":
+        arrays["selectors.power"] = arrays["selectors.power"][:-1]
+    elif fault == "nan":
+        arrays["selectors.norms"] = arrays["selectors.norms"] * np.float32(np.nan)
+    elif fault == "unknown":
+        arrays["selectors.other"] = np.zeros(1)
+    elif fault == "orphan":
+        arrays["selectors.rows.99.0"] = np.zeros((1, 48), np.int8)
+    else:
+        arrays["selectors.widths"] = arrays["selectors.widths"][::-1].copy()
+    with pytest.raises(IntegrityError, match="compress"):
+        Selectors.from_arrays(arrays, made.architecture)
+
+
+def test_a_fit_goes_on_from_the_one_before(tiny_model: LoadedModel, made: CompressedModel) -> None:
+    start = compress(tiny_model, Recipe.for_model(tiny_model, NESTED))
+    again = compress(tiny_model, recipe(tiny_model), start=start)
+    assert again.sha256 == made.sha256
+    with pytest.raises(RecipeError, match="not made by this recipe"):
+        compress(tiny_model, recipe(tiny_model), start=made)
+
+
+def test_what_cannot_be_is_refused(tiny_model: LoadedModel) -> None:
+    with pytest.raises(RecipeError, match="goes once, after"):
+        Recipe.for_model(tiny_model, PRECISION, NESTED)
+    with pytest.raises(RecipeError, match="put 'nested'"):
+        compress(tiny_model, Recipe.for_model(tiny_model, RtnConfig(group_size=16), PRECISION))
+    with pytest.raises(RecipeError, match="lie outside 2 to 5"):
+        compress(tiny_model, recipe(tiny_model, targets=(6.0,)))
+    with pytest.raises(RecipeError, match="memory_bits"):
+        compress(tiny_model, recipe(tiny_model, memory_bits=1.0, targets=()))
+    with pytest.raises(RecipeError, match="ascend"):
+        PrecisionConfig(targets=(4.0, 3.0))
+    job = Job()
+    job.cancel()
+    with pytest.raises(Cancelled):
+        compress(tiny_model, recipe(tiny_model), job=job)
+
+
+def test_projections_are_there_for_every_target_between_the_learnt(made: CompressedModel, chosen: Selectors) -> None:
+    kinds = set()
+    for target in np.linspace(2.5, 4.0, 7):
+        plan = precision_plan(made.architecture, chosen, float(target), "error")
+        kinds |= {type(decider.program) for decider in plan.deciders}
+    assert ProjectionLevels in kinds
