@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from workbench.apply.nested import NestedConfig
 from workbench.apply.precision_config import PrecisionConfig
 from workbench.apply.recipe import Recipe
 from workbench.apply.rtn import RtnConfig
-from workbench.errors import Cancelled, EngineError, IntegrityError, RecipeError
+from workbench.errors import Cancelled, EngineError, InputError, IntegrityError, RecipeError
 from workbench.formats.compressed import CompressedModel
 from workbench.formats.nested import Nested, NestedCodes
 from workbench.formats.selectors import Selectors
@@ -36,7 +37,8 @@ from workbench.runtime.precision import (
     precision_plan,
     target_range,
 )
-from workbench.runtime.precision_control import PrecisionController
+from workbench.runtime.precision_control import Held, PrecisionController
+from workbench.runtime.precision_log import PrecisionLog, retuned
 
 NESTED = NestedConfig(widths=(2, 3, 5), group_size=16, fit="rounded")
 PRECISION = PrecisionConfig(targets=(2.5, 4.0), learning_steps=3, projection_rows=4, calibration_tokens=1024)
@@ -257,6 +259,72 @@ def test_the_controller_brings_strange_text_back_to_the_target(made: CompressedM
     assert abs(held - target) < 0.05 < abs(alone - target)
 
 
+def test_strange_text_is_said_and_may_be_read_at_the_widest(made: CompressedModel, chosen: Selectors) -> None:
+    arch = made.architecture
+    strange = dataclasses.replace(chosen, norms=chosen.norms * np.float32(0.5), power=chosen.power * np.float32(0.25))
+    for selectors, expected in ((strange, True), (chosen, False)):
+        for hold in (False, True):
+            engine = open_engine(made, engine="cpu", plan=precision_plan(arch, selectors, 3.0))
+            controller = PrecisionController(arch, selectors, 3.0, hold=hold, fail_safe=True)
+            sequence = engine.start()
+            watched = Held(engine, sequence, controller)
+            engine.generate(sequence, windows(10, 1, 60)[0], 60, on_token=watched)
+            watched.finish()
+            assert bool(controller.warning) == expected
+            assert controller.realised == pytest.approx(np.mean([bits_read(made, s) for s in sequence.trace]))
+            widest = bits_read(made, sequence.trace[-1]) == pytest.approx(5.0)
+            assert widest == expected
+
+
+def test_a_log_counts_what_was_chosen_and_keeps_no_text(
+    made: CompressedModel, chosen: Selectors, tmp_path: Path
+) -> None:
+    arch = made.architecture
+    thresholds = gain_thresholds(arch, chosen, 3.2)
+    engine = open_engine(made, engine="cpu", plan=precision_plan(arch, chosen, 3.2))
+    log = PrecisionLog.empty(made.sha256, chosen)
+    traces: list[StepTrace] = []
+    for window in windows(11, 3, 100):
+        trace: list[StepTrace] = []
+        engine.score(window, trace=trace)  # type: ignore[call-arg]
+        log = log.added(arch, trace, thresholds)
+        traces += trace[1:]
+    assert log.tokens == 3 * 99
+    for index, unit in enumerate(arch.units):
+        levels = np.array([step.decisions[unit.id] for step in traces])
+        assert log.above[index].tolist() == [(levels > 0).sum(), (levels > 1).sum()]
+        np.testing.assert_allclose(np.exp(log.log_cuts[index] / log.tokens), thresholds[unit.id], rtol=1e-6)
+    path = log.save(tmp_path / "log.json")
+    assert set(json.loads(path.read_text())) == {"schema", "model", "tokens", "above", "log_cuts"}
+    back = PrecisionLog.load(path, made.sha256, chosen)
+    np.testing.assert_array_equal(back.above, log.above)
+    with pytest.raises(InputError, match="another model"):
+        PrecisionLog.load(path, "0" * 64, chosen)
+    path.write_text("{}")
+    with pytest.raises(InputError, match="no log"):
+        PrecisionLog.load(path, made.sha256, chosen)
+
+
+def test_retuning_finds_how_norms_have_moved(chosen: Selectors) -> None:
+    """Every unit's norms are spread evenly, and moved by a factor of its own; counts alone tell it."""
+    random = np.random.default_rng(0)
+    n_units, n_levels = chosen.norms.shape
+    norms = np.tile(np.linspace(1, 2, n_levels, dtype=np.float32), (n_units, 1))
+    calibrated = dataclasses.replace(chosen, norms=norms, power=np.square(norms).mean(axis=1))
+    factors = random.uniform(0.8, 1.25, n_units)
+    seen = random.uniform(1, 2, (4000, n_units)) * factors
+    cuts = np.stack([np.full(n_units, 1.45), np.full(n_units, 1.9)], axis=1)
+    above = (seen[:, :, None] > cuts).sum(axis=0).astype(np.float64)
+    above[0] = 4000  # of this unit no step tells
+    found = retuned(calibrated, PrecisionLog("m", 4000, above, 4000 * np.log(cuts)))
+    measured = found.norms[:, 0] / norms[:, 0]
+    np.testing.assert_allclose(measured[1:], factors[1:], rtol=0.03)
+    assert measured[0] == pytest.approx(np.median(measured[1:]), rel=1e-5)
+    np.testing.assert_allclose(found.power, calibrated.power * measured**2, rtol=1e-5)
+    with pytest.raises(InputError, match="too few"):
+        retuned(calibrated, PrecisionLog("m", 100, above, cuts))
+
+
 def test_static_allocations_are_exact(made: CompressedModel, chosen: Selectors) -> None:
     arch = made.architecture
     for target in (2.5, 3.5, 4.5):
@@ -291,7 +359,7 @@ def test_memory_is_bounded_by_dropping_planes(tiny_model: LoadedModel, made: Com
         for n in ("reference", "cpu")
     ]
     np.testing.assert_allclose(*scores, atol=2e-3)
-    with pytest.raises(EngineError, match="not possible"):
+    with pytest.raises(InputError, match="not possible"):
         precision_plan(bounded.architecture, selectors, high + 0.1)
     with pytest.raises(EngineError, match="learnt"):
         precision_plan(bounded.architecture, selectors, 2.8, "error")

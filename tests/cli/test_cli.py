@@ -136,6 +136,48 @@ def test_a_nested_model_is_read_at_a_width(
     assert refused.code == 2
     assert "offers 3, 8" in refused.err
     assert "compress it first" in workbench("generate", tiny_folder, *asked, "--width", "4").err
+    refused = workbench("generate", folder, *asked, "--target", "4")
+    assert refused.code == 2
+    assert "dynamic-precision" in refused.err
+
+
+def test_a_target_of_average_bits_is_chosen_when_generating(
+    workbench: Callable[..., Outcome], tiny_folder: Path, tmp_path: Path
+) -> None:
+    recipe, folder = tmp_path / "dynamic.json", tmp_path / "dynamic"
+    methods = [
+        {"method": "nested", "widths": [2, 3, 5], "group_size": 16, "fit": "rounded"},
+        {"method": "dynamic-precision", "targets": [], "calibration_tokens": 1024},
+    ]
+    recipe.write_text(json.dumps({"model": str(tiny_folder), "methods": methods}))
+    made = workbench("compress", tiny_folder, "--recipe", recipe, "--out", folder, "--json")
+    assert made.code == 0, made.err
+    asked = ("Hello", "--new-tokens", "64", "--json")
+    realised = [workbench("generate", folder, *asked, "--target", t).json["realised_bits"] for t in ("2", "3.5", "5")]
+    assert realised[0] < 2.3 < realised[1] < 4.7 < realised[2] <= 5  # the first token is read at the widest
+    plain = workbench("generate", folder, *asked, "--target", "5").json["tokens"]
+    assert plain == workbench("generate", folder, *asked).json["tokens"]
+    for arguments, message in (
+        (("--target", "9"), "2 to 5 bits"),
+        (("--target", "3", "--width", "3"), "exclude each other"),
+    ):
+        refused = workbench("generate", folder, *asked, *arguments)
+        assert refused.code == 2
+        assert message in refused.err
+    assert "compress it first" in workbench("generate", tiny_folder, *asked, "--target", "4").err
+
+    log, retuned = tmp_path / "counts.json", tmp_path / "retuned"
+    assert "give a --target" in workbench("generate", folder, *asked, "--log", log).err
+    for _ in range(2):
+        assert workbench("generate", folder, *asked, "--target", "3", "--log", log).code == 0
+    few = workbench("retune", folder, "--log", log, "--out", retuned)
+    assert "too few" in few.err
+    assert not retuned.exists()
+    for _ in range(4):
+        assert workbench("generate", folder, *asked, "--target", "3", "--log", log).code == 0
+    assert workbench("retune", folder, "--log", log, "--out", retuned).code == 0
+    assert workbench("generate", retuned, *asked, "--target", "3").json["realised_bits"] == pytest.approx(3, abs=0.5)
+    assert "another model" in workbench("retune", retuned, "--log", log, "--out", tmp_path / "again").err
 
 
 def test_tables_for_people(workbench: Callable[..., Outcome], tiny_folder: Path, text: Path, tmp_path: Path) -> None:

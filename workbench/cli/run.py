@@ -13,8 +13,12 @@ from workbench.errors import InputError
 from workbench.files import check_folder, check_output_file, write_json
 
 if TYPE_CHECKING:
+    from workbench.formats.compressed import CompressedModel
+    from workbench.formats.selectors import Selectors
     from workbench.progress import Job
     from workbench.runtime.base import Engine
+    from workbench.runtime.precision_control import PrecisionController
+    from workbench.runtime.precision_log import PrecisionLog
 
 Threads = Annotated[int | None, typer.Option(min=1, help="Threads of the engines; one per usable core if not given.")]
 EngineName = Annotated[str, typer.Option(help="auto, reference or cpu.")]
@@ -25,6 +29,7 @@ def register(app: typer.Typer) -> None:
     app.command("demo")(demo)
     app.command("compress")(compress)
     app.command("generate")(generate)
+    app.command("retune")(retune)
     app.command("measure")(measure)
     app.command("report")(report)
     app.command("bench")(bench)
@@ -120,6 +125,16 @@ def generate(
     seed: Annotated[int, typer.Option(min=0)] = 0,
     raw: Annotated[bool, typer.Option("--raw", help="Feed the text as it is, without the chat template.")] = False,
     width: Annotated[int | None, typer.Option(help="Bits to read a nested model at; its widest if not given.")] = None,
+    target: Annotated[
+        float | None, typer.Option(help="Average bits to read at, chosen per token: models with dynamic precision.")
+    ] = None,
+    hold: Annotated[bool, typer.Option(help="Hold the average on the target as text is read.")] = True,
+    fail_safe: Annotated[
+        bool, typer.Option("--fail-safe", help="Read at the widest once the text is unlike the calibration text.")
+    ] = False,
+    log: Annotated[
+        Path | None, typer.Option(help="With --target: add counts of what was chosen, and no text, to this file.")
+    ] = None,
     engine: EngineName = "auto",
     threads: Threads = None,
     as_json: Json = False,
@@ -127,17 +142,39 @@ def generate(
     """Generate text with a dense or compressed model."""
     from workbench.runtime import choose_engine
     from workbench.runtime.base import Sampler
+    from workbench.runtime.precision_control import Held
 
     sampler = Sampler(temperature, top_k, top_p)
     choose_engine(engine)
     if not prompt.strip():
         raise InputError("The prompt is empty: say what to ask.")
     with console.running(quiet=True) as job:
-        opened = _at_width(model, width, engine, threads, job)
+        if target is not None and width is not None:
+            raise InputError("--width and --target exclude each other: one width for all tokens, or a choice at each.")
+        controller: PrecisionController | None = None
+        if log is not None and target is None:
+            raise InputError("--log counts the widths that are chosen per token: give a --target too.")
+        if target is None:
+            opened = _at_width(model, width, engine, threads, job)
+        else:
+            opened, controller = _at_target(model, target, hold, fail_safe, engine, threads, job)
         loaded = opened.model
         ids = loaded.encode(prompt) if raw else loaded.encode_chat(prompt)
         sequence = opened.start(seed=seed)
-        reply = opened.generate(sequence, ids, new_tokens, sampler=sampler, stop_tokens=loaded.stop_tokens, job=job)
+        watched = Held(opened, sequence, controller, _log(model, log)) if controller is not None else None
+        reply = opened.generate(
+            sequence,
+            ids,
+            new_tokens,
+            sampler=sampler,
+            stop_tokens=loaded.stop_tokens,
+            job=job,
+            on_token=watched,
+        )
+        if watched is not None:
+            watched.finish()
+        if watched is not None and watched.log is not None and log is not None:
+            watched.log.save(log)
     steps = [step.seconds for step in sequence.trace[len(ids) :]]
     per_token = 1000 * sum(steps) / len(steps) if steps else None
     if as_json:
@@ -151,6 +188,11 @@ def generate(
                 "ms_per_token": per_token,
                 "seed": seed,
             }
+            | (
+                {"target_bits": target, "realised_bits": controller.realised, "warning": controller.warning}
+                if controller is not None
+                else {}
+            )
         )
         return
     console.say(loaded.decode(reply))
@@ -158,6 +200,71 @@ def generate(
         console.err.print(
             f"{len(reply)} tokens, {per_token:.1f} ms each on the {opened.name} engine (one run, no claim: use measure)"
         )
+    if controller is not None:
+        console.err.print(f"Read at {controller.realised:.3f} bits on average, prompt included; asked for {target:g}.")
+        if controller.warning:
+            console.err.print(controller.warning)
+
+
+def _log(model: str, path: Path | None) -> PrecisionLog | None:
+    """The log at a path, or an empty one where there is none yet."""
+    if path is None:
+        return None
+    from workbench.runtime.precision_log import PrecisionLog
+
+    check_output_file(path)
+    compressed, selectors = _with_selectors(model)
+    if path.exists():
+        return PrecisionLog.load(path, compressed.sha256, selectors)
+    return PrecisionLog.empty(compressed.sha256, selectors)
+
+
+def _with_selectors(model: str) -> tuple[CompressedModel, Selectors]:
+    from workbench.formats.compressed import CompressedModel
+    from workbench.formats.folder import is_compressed
+
+    if not is_compressed(model):
+        raise InputError(f"--target reads a compressed model's widths, and {model} is none: compress it first.")
+    compressed = CompressedModel.load(model)
+    if compressed.selectors is None:
+        raise InputError(
+            f"{model} cannot choose its widths per token: compress with the methods 'nested' and 'dynamic-precision'."
+        )
+    return compressed, compressed.selectors
+
+
+def retune(
+    model: Annotated[str, typer.Argument(metavar="DIR", help="A compressed model with dynamic precision.")],
+    log: Annotated[Path, typer.Option(help="What 'generate --log' counted.")],
+    out: Annotated[Path, typer.Option(help="Folder for the retuned model; the other one is left as it is.")],
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a compressed model that is there.")] = False,
+) -> None:
+    """Fit the thresholds of dynamic precision to text as it is, from logged counts; weights stay the same."""
+    from dataclasses import replace
+
+    from workbench.runtime.precision_log import PrecisionLog, retuned
+
+    compressed, selectors = _with_selectors(model)
+    counted = PrecisionLog.load(log, compressed.sha256, selectors)
+    made = replace(compressed, selectors=retuned(selectors, counted), folder=None, recorded_sha256=None)
+    folder = check_folder(out)
+    made.save(folder, overwrite=overwrite)
+    console.say(f"Retuned on {counted.tokens:,} tokens: {folder}. Measure it before it replaces the other.")
+
+
+def _at_target(
+    model: str, target: float, hold: bool, fail_safe: bool, engine: str, threads: int | None, job: Job
+) -> tuple[Engine, PrecisionController]:
+    """Open an engine on a model with selectors, and what holds it on a target."""
+    from workbench.runtime import open_engine
+    from workbench.runtime.precision import precision_plan
+    from workbench.runtime.precision_control import PrecisionController
+
+    compressed, selectors = _with_selectors(model)
+    parts = compressed.architecture
+    plan = precision_plan(parts, selectors, target)
+    controller = PrecisionController(parts, selectors, target, hold=hold, fail_safe=fail_safe)
+    return open_engine(compressed, engine=engine, plan=plan, threads=threads, job=job), controller
 
 
 def _at_width(model: str, width: int | None, engine: str, threads: int | None, job: Job) -> Engine:

@@ -15,12 +15,12 @@ Two rules:
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
 import numpy as np
 
-from workbench.errors import EngineError
+from workbench.errors import EngineError, InputError
 from workbench.formats.selectors import Selectors
 from workbench.models.base import Architecture, Unit
 from workbench.runtime.base import StepTrace
@@ -56,7 +56,8 @@ def precision_plan(architecture: Architecture, selectors: Selectors, target: flo
     changes the target of a running engine.
 
     Raises:
-        EngineError: a target outside the widths, or precisions that were not learnt.
+        InputError: a target outside the widths.
+        EngineError: precisions or estimators that were not learnt.
     """
     if rule == "gain":
         return gain_plan(architecture, selectors, gain_thresholds(architecture, selectors, target))
@@ -136,7 +137,8 @@ def learnt_precision(architecture: Architecture, selectors: Selectors, target: f
     """Average width of each unit, float64 (U,), between the targets that were learnt (and the widths at both ends).
 
     Raises:
-        EngineError: nothing was learnt, or a target outside the widths.
+        InputError: a target outside the widths.
+        EngineError: nothing was learnt.
     """
     _check_target(architecture, selectors, target)
     if not len(selectors.targets):
@@ -159,9 +161,17 @@ def ladder_plan(architecture: Architecture, allocations: Sequence[Mapping[str, i
 
 
 class WidthReader:
-    """Average width of each step under a plan, over the weights of all units."""
+    """Average width of each step under a plan, over the weights of all units.
 
-    def __init__(self, architecture: Architecture, plan: Plan) -> None:
+    Args:
+        architecture: of the model.
+        plan: whose consumers of width read by level.
+        cost: of a unit at a width, by weight, instead of the width itself.
+    """
+
+    def __init__(
+        self, architecture: Architecture, plan: Plan, cost: Callable[[str, int], float] = lambda _, bits: bits
+    ) -> None:
         sizes = {unit.id: unit.n_weights for unit in architecture.units}
         used = [consumer for consumer in plan.consumers if consumer.kind == "width"]
         self._slots = [consumer.slot for consumer in used]
@@ -169,7 +179,7 @@ class WidthReader:
         longest = max(len(c.levels) for c in used)
         self._levels = np.full((len(used), longest), np.nan)
         for index, consumer in enumerate(used):
-            self._levels[index, : len(consumer.levels)] = consumer.levels
+            self._levels[index, : len(consumer.levels)] = [cost(consumer.target, bits) for bits in consumer.levels]
 
     def __call__(self, steps: Sequence[StepTrace]) -> np.ndarray:
         """Bits, float64 (n,).
@@ -247,4 +257,4 @@ def _shares(architecture: Architecture) -> np.ndarray:
 def _check_target(architecture: Architecture, selectors: Selectors, target: float) -> None:
     low, high = target_range(architecture, selectors)
     if not low - 1e-9 <= target <= high + 1e-9:
-        raise EngineError(f"A target of {target:g} bits is not possible: this model reads {low:g} to {high:.4g} bits.")
+        raise InputError(f"A target of {target:g} bits is not possible: this model reads {low:g} to {high:.4g} bits.")

@@ -33,6 +33,7 @@ _QUICK_WIDTHS = (3, 4)
 TEXTS = ("prose", "pydoc")
 _GROUP_SIZE = 64
 _NESTED = ("nested", "nested-anyprecision")  # one copy, read at every width
+_AT_ONCE = 4  # engines beside one dense pass: each holds a model
 _OUTPUT_BITS = 16  # the claim is about the blocks' linears
 
 
@@ -144,13 +145,14 @@ def _width_rows(
 ) -> Rows:
     found: list[QualityResult] = []
     modes = []
-    for candidate in candidates:
-        engine = candidate.engine(context.threads)
+    for begin in range(0, len(candidates), _AT_ONCE):
+        engines = [candidate.engine(context.threads) for candidate in candidates[begin : begin + _AT_ONCE]]
         try:
-            found += compare_many(dense, [engine], windows, text=record, job=context.job)
-            modes.append(engine.activation_mode)
+            found += compare_many(dense, engines, windows, text=record, job=context.job)
+            modes += [engine.activation_mode for engine in engines]
         finally:
-            engine.close()
+            for engine in engines:
+                engine.close()
     rows = [_dense_row(model, found[0], dense.name)]
     by_key = {(c.method, c.bits): q for c, q in zip(candidates, found, strict=True)}
     for candidate, quality, mode in zip(candidates, found, modes, strict=True):
@@ -162,10 +164,13 @@ def _target_rows(
     targets: Targets, dense: Engine, windows: list[Window], record: TextRecord, context: BenchContext
 ) -> Rows:
     wanted = [(method, target) for method in STATIC for target in targets.targets]
-    candidates = [*targets.statics(wanted), *targets.by_position(), *targets.dynamic(), *targets.published()]
+    length = len(windows[0].tokens)
+    candidates = [*targets.statics(wanted), *targets.first_widest(length), *targets.by_position()]
+    candidates += [*targets.dynamic(), *targets.published()]
     found = evaluate(dense, candidates, windows, record, context)
-    moving = [pair for pair in zip(candidates, found, strict=True) if pair[0].method in ("dynamic", "dpllm")]
-    compared = against_static(targets, dense, moving, windows, record, context)
+    known = list(zip(candidates, found, strict=True))
+    moving = [pair for pair in known if pair[0].method in ("dynamic", "dpllm")]
+    compared = against_static(targets, dense, moving, known, windows, record, context)
     rivals = {id(candidate): columns for (candidate, _), columns in zip(moving, compared, strict=True)}
     return [
         _target_row(targets.model, candidate, quality) | rivals.get(id(candidate), {})

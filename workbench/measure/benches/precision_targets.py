@@ -52,13 +52,15 @@ class Candidate:
         variant: of the row.
         controller: replaces the policy by its own.
         replay: decisions for a window, given its tokens.
-        read: bytes of block linears and of decisions that each token read.
+        model: what the engine runs.
+        read: bits per weight of block linears that each token read: codes, scales and zero points, and decisions.
         bits: average code bits of each token.
     """
 
     method: str
     target: float
     engine: Engine
+    model: CompressedModel
     policy: Policy
     variant: str = ""
     controller: PrecisionController | None = None
@@ -72,9 +74,13 @@ class Candidate:
 
     @property
     def read_bits(self) -> float:
-        """Bits per weight of the blocks' linears that a token read, scales, zero points and decisions counted."""
-        weights = sum(unit.n_weights for unit in self.engine.model.architecture.units)
-        return 8 * float(np.mean(self.read)) / weights
+        return float(np.mean(self.read))
+
+    @property
+    def decision_bits(self) -> float:
+        """What decisions read, bits per weight of the blocks' linears."""
+        weights = sum(unit.n_weights for unit in self.model.architecture.units)
+        return 8 * sum(decider.program.bytes for decider in self.engine.plan.deciders) / weights
 
 
 class Chosen:
@@ -85,8 +91,15 @@ class Chosen:
         self.name, self.activation_mode = self._engine.name, self._engine.activation_mode
         self.plan, self.vocab_size = self._engine.plan, self._engine.vocab_size
         self.context_length, self.model = self._engine.context_length, self._engine.model
-        self._widths = WidthReader(self.model.architecture, self.plan)
-        self._decisions = sum(d.program.bytes for d in self.plan.deciders)
+        parts = candidate.model.architecture
+        linears = {unit.id: [candidate.model.linears[linear.id] for linear in unit.linears] for unit in parts.units}
+
+        def stored(unit: str, bits: int) -> float:
+            """Bits read per weight of a unit."""
+            return sum(e.read_bits(bits) for e in linears[unit]) / sum(e.shape[0] * e.shape[1] for e in linears[unit])
+
+        self._widths = WidthReader(parts, self.plan)
+        self._stored = WidthReader(parts, self.plan, stored)
 
     def log_probabilities(
         self, tokens: Sequence[int], *, prompt_length: int = 1, chunk: int = 128
@@ -103,7 +116,7 @@ class Chosen:
             found = next(rows, None)
             if found is None:
                 return
-            one.read += [step.read_bytes + self._decisions for step in trace]
+            one.read += (self._stored(trace) + one.decision_bits).tolist()
             one.bits += self._widths(trace).tolist()
             if one.controller is not None:
                 one.controller.observe(trace)
@@ -165,7 +178,23 @@ class Targets:
             allocations.append(self.allocation("static-learnt" if method == "by-position" else method, target))
         engine = self._open(ladder_plan(self.model.architecture, allocations))
         for level, (method, target) in enumerate(wanted):
-            found.append(Candidate(method, target, engine, Policy({"level": level})))
+            found.append(Candidate(method, target, engine, self.model, Policy({"level": level})))
+        return found
+
+    def first_widest(self, length: int) -> list[Candidate]:
+        """Static allocations, with the first token read at the widest as ``dynamic`` does: what that alone gives."""
+        low, high = target_range(self.model.architecture, self.selectors)
+        rest = [max((t * length - high) / (length - 1), low) for t in self.targets]
+        allocations = [self.allocation("static-gain", high), *(self.allocation("static-gain", t) for t in rest)]
+        engine = self._open(ladder_plan(self.model.architecture, allocations))
+        found = []
+        for level, target in enumerate(self.targets, start=1):
+
+            def replay(tokens: Sequence[int], level: float = level) -> list[dict[str, Any]]:
+                return [{"level": level if at else 0.0} for at in range(len(tokens))]
+
+            variant = "first token at the widest"
+            found.append(Candidate("static-gain", target, engine, self.model, Policy(), variant, replay=replay))
         return found
 
     def by_position(self) -> list[Candidate]:
@@ -184,7 +213,9 @@ class Targets:
             ) -> list[dict[str, Any]]:
                 return [first if at < len(tokens) / 2 else second for at in range(len(tokens))]
 
-            found.append(Candidate("by-position", target, engine, Policy(), "halves of a window", replay=replay))
+            found.append(
+                Candidate("by-position", target, engine, self.model, Policy(), "halves of a window", replay=replay)
+            )
         return found
 
     def dynamic(self) -> list[Candidate]:
@@ -197,11 +228,13 @@ class Targets:
             thresholds = gain_thresholds(arch, self.selectors, target)
             policy = Policy(thresholds=thresholds)
             controller = PrecisionController(arch, self.selectors, target)
-            found.append(Candidate("dynamic", target, self._gain, policy, "held on target", controller))
+            found.append(Candidate("dynamic", target, self._gain, self.model, policy, "held on target", controller))
             if not self._context.quick:
-                found.append(Candidate("dynamic", target, self._gain, policy, "thresholds of calibration"))
+                found.append(Candidate("dynamic", target, self._gain, self.model, policy, "thresholds of calibration"))
             found.append(
-                Candidate("random", target, self._gain, policy, "rates of dynamic", replay=self._drawn(thresholds))
+                Candidate(
+                    "random", target, self._gain, self.model, policy, "rates of dynamic", replay=self._drawn(thresholds)
+                )
             )
         return found
 
@@ -224,7 +257,7 @@ class Targets:
     def published(self) -> list[Candidate]:
         """DP-LLM: a plan of its own for every target, since its estimators belong to pairs of widths."""
         return [
-            Candidate("dpllm", target, self._open(plan), Policy(), _estimators(plan))
+            Candidate("dpllm", target, self._open(plan), self.model, Policy(), _estimators(plan))
             for target in self.targets
             for plan in [precision_plan(self.model.architecture, self.selectors, target, "error")]
         ]
@@ -257,6 +290,7 @@ def against_static(
     targets: Targets,
     dense: Engine,
     rows: Sequence[tuple[Candidate, QualityResult]],
+    known: Sequence[tuple[Candidate, QualityResult]],
     text: Sequence[Window],
     record: TextRecord,
     context: BenchContext,
@@ -265,20 +299,19 @@ def against_static(
 
     A static allocation pays no decisions, so it may read as many code bits more. Best is the one of lowest negative
     log-likelihood on this very text, among those solved for learnt precisions and for gains: a rival that a user
-    could only know afterwards.
+    could only know afterwards. ``known`` are results at the targets.
     """
-    arch = targets.model.architecture
-    weights = sum(unit.n_weights for unit in arch.units)
-    options = ("static-learnt", "static-gain")
-    wanted = []
-    for candidate, _ in rows:
-        decisions = 8 * sum(d.program.bytes for d in candidate.engine.plan.deciders) / weights
-        wanted += [(method, candidate.realised_bits + decisions) for method in options]
+    options: tuple[str, ...] = ("static-learnt", "static-gain")
+    if context.quick:  # the better one at the targets alone
+        at = {(c.method, c.target): q.delta_nll.value for c, q in known if not c.variant}
+        totals = {method: sum(at[method, target] for target in targets.targets) for method in options}
+        options = (min(totals, key=totals.__getitem__),)
+    wanted = [(method, c.realised_bits + c.decision_bits) for c, _ in rows for method in options]
     rivals = targets.statics(wanted)
     found = evaluate(dense, rivals, text, record, context)
     columns = []
     for index, (_, quality) in enumerate(rows):
-        pairs = list(zip(rivals, found, strict=True))[2 * index : 2 * index + 2]
+        pairs = list(zip(rivals, found, strict=True))[len(options) * index : len(options) * (index + 1)]
         rival, best = min(pairs, key=lambda pair: pair[1].delta_nll.value)
         difference = compare_candidates(quality, best)
         columns.append(
