@@ -10,26 +10,66 @@ import pytest
 
 from workbench.apply.recipe import Recipe
 from workbench.measure.bench import run_bench
+from workbench.measure.benches import precision, precision_speed, precision_targets
 from workbench.models import LoadedModel
 from workbench.operate.fits import fitted
 from workbench.store import Store
 
+TARGETS = (3.25, 4.75)
+
 
 @pytest.fixture(scope="module")
 def rows(model_folder: Path) -> list[dict[str, Any]]:
-    return list(run_bench("precision", model=str(model_folder), threads=1)["rows"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(precision, "_WINDOWS", (6, 96))
+        patch.setattr(precision_targets, "TARGETS", TARGETS)
+        patch.setattr(precision_speed, "PAIRS_FOR_A_CLAIM", 2)
+        return list(run_bench("precision", model=str(model_folder), text="pydoc", threads=1)["rows"])
 
 
-def test_every_method_is_there_at_every_width(rows: list[dict[str, Any]]) -> None:
-    found = [(r["method"], r["bits"]) for r in rows[1:]]
-    methods = ("rtn", "nested", "nested-anyprecision", "separate")
-    assert found == [(method, bits) for method in methods for bits in (3, 4, 5, 6)]
+def test_every_method_is_there_at_every_width_and_target(rows: list[dict[str, Any]]) -> None:
+    found = [(r["method"], r["variant"], r["bits"]) for r in rows]
+    widths = [
+        (method, f"{bits} bits", bits)
+        for method in ("rtn", "nested", "nested-anyprecision", "separate")
+        for bits in (3, 4, 5, 6)
+    ]
+    assert found[1 : 1 + len(widths)] == widths
     assert (rows[0]["method"], rows[0]["ratio"]) == ("fp32", 1.0)
-    assert {r["text"] for r in rows} == {"prose"}
+    assert rows[-1]["name"] == "llama.cpp"
+    assert "GGUF" in rows[-1]["note"]  # this model has none
+    between = found[1 + len(widths) : -1]
+    for target in TARGETS:
+        here = [(method, variant) for method, variant, bits in between if bits == target]
+        assert {method for method, _ in here} == {
+            *("static-llm-mq", "static-hawq", "static-learnt", "static-gain", "by-position"),
+            *("random", "dynamic", "dpllm"),
+        }
+        assert ("static-gain", "first token at the widest") in here
+        assert ("dynamic", "held on target") in here
+        assert ("dynamic", "thresholds of calibration") in here
+    assert {r["text"] for r in rows[:-1]} == {"pydoc"}
+
+
+def test_rows_between_widths_read_what_they_say(rows: list[dict[str, Any]]) -> None:
+    for entry in rows:
+        if entry["bits"] not in TARGETS:
+            continue
+        overhead = entry["read_bits"] - entry["realised_bits"]
+        assert 0.25 < overhead < (8.0 if entry["method"] == "dpllm" else 0.7)  # projections weigh on 48 inputs
+        if entry["method"].startswith("static"):
+            assert entry["bits"] - 0.3 < entry["realised_bits"] <= entry["bits"] + 1e-9
+        if entry["method"] in ("dynamic", "dpllm"):
+            assert abs(entry["rival_read_bits"] - min(entry["read_bits"], 6.5)) < 0.35
+            assert entry["to_rival"] == pytest.approx(np.log(entry["ratio"] / entry["rival_ratio"]), abs=1e-6)
+            assert entry["to_rival_low"] <= entry["to_rival"] <= entry["to_rival_high"]
+            assert entry["ms_per_token"] > 0
+            assert entry["to_line"] is not None
+            assert 0 < entry["selector_share"] < 1
 
 
 def test_columns_follow_from_the_perplexities(rows: list[dict[str, Any]]) -> None:
-    by_key = {(r["method"], r["bits"]): r for r in rows}
+    by_key = {(r["method"], r["bits"]): r for r in rows if r["bits"] in (3, 4, 5, 6, rows[0]["bits"])}
     dense = rows[0]["perplexity"]
     for (method, bits), entry in by_key.items():
         assert entry["ratio"] == pytest.approx(entry["perplexity"] / dense, rel=1e-6)

@@ -33,6 +33,7 @@ _QUICK_WIDTHS = (3, 4)
 TEXTS = ("prose", "pydoc")
 _GROUP_SIZE = 64
 _NESTED = ("nested", "nested-anyprecision")  # one copy, read at every width
+_WINDOWS, _QUICK_WINDOWS = (40, 512), (40, 128)  # how many, and their tokens
 _AT_ONCE = 4  # engines beside one dense pass: each holds a model
 _OUTPUT_BITS = 16  # the claim is about the blocks' linears
 
@@ -110,7 +111,7 @@ def precision(context: BenchContext) -> Rows:
     rows: Rows = []
     try:
         for text in _texts(context):
-            n_windows, length = (40, 128) if context.quick else (40, 512)
+            n_windows, length = _QUICK_WINDOWS if context.quick else _WINDOWS
             found, record = evaluation_windows(text, model, n_windows, length)
             rows += _width_rows(model, dense, candidates, found, record, context)
             rows += _target_rows(targets, dense, found, record, context)
@@ -165,7 +166,9 @@ def _target_rows(
 ) -> Rows:
     wanted = [(method, target) for method in STATIC for target in targets.targets]
     length = len(windows[0].tokens)
-    candidates = [*targets.statics(wanted), *targets.first_widest(length), *targets.by_position()]
+    candidates = [*targets.statics(wanted), *targets.by_position()]
+    if not context.quick:
+        candidates += targets.first_widest(length)
     candidates += [*targets.dynamic(), *targets.published()]
     found = evaluate(dense, candidates, windows, record, context)
     known = list(zip(candidates, found, strict=True))

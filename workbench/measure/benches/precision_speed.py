@@ -28,11 +28,13 @@ def measure_speed(
 ) -> dict[Key, dict[str, Any]]:
     """Time everything; return columns by (method, bits), and under ``("llama.cpp", None)`` that rival's own row."""
     widths = [int(bits) for bits in compressed.widths]
+    # A target's neighbours are all that its line needs.
+    timed = [bits for bits in widths if not context.quick or bits < max(targets) + 1]
     with tempfile.TemporaryDirectory() as folder:
         source = str(compressed.save(Path(folder) / "model"))
         common = {"engine": "cpu", "source": source, "dtype": "float32", "widths": widths}
-        keys: list[Key] = [("nested", bits) for bits in widths]
-        sides: list[dict[str, Any]] = [common | {"bits": bits} for bits in widths]
+        keys: list[Key] = [("nested", bits) for bits in timed]
+        sides: list[dict[str, Any]] = [common | {"bits": bits} for bits in timed]
         for target in targets:
             for method, rule in (("dynamic", "gain"), ("dpllm", "error")):
                 keys.append((method, target))
@@ -72,7 +74,7 @@ def measure_speed(
     }
     for key in keys:
         if key[0] in ("dynamic", "dpllm"):
-            found[key]["to_line"] = _to_line(key, medians, bytes_of, widths)
+            found[key]["to_line"] = _to_line(key, medians, bytes_of, timed)
     entry = row(name="llama.cpp", method="gguf", engine="llama.cpp", variant="as in the file")
     if llama:
         entry |= found.pop(("llama.cpp", None))
