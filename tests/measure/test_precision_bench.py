@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
+from workbench.apply.compress import compress
+from workbench.apply.estimators import quantiles
+from workbench.apply.nested import NestedConfig
+from workbench.apply.precision_config import PrecisionConfig
 from workbench.apply.recipe import Recipe
 from workbench.measure.bench import run_bench
 from workbench.measure.benches import precision, precision_speed, precision_targets
+from workbench.measure.benches.precision_oracle import ExactChoices
 from workbench.models import LoadedModel
 from workbench.operate.fits import fitted
+from workbench.runtime import open_engine
+from workbench.runtime.precision import error_thresholds, precision_plan
 from workbench.store import Store
 
 TARGETS = (3.25, 4.75)
@@ -43,7 +52,7 @@ def test_every_method_is_there_at_every_width_and_target(rows: list[dict[str, An
         here = [(method, variant) for method, variant, bits in between if bits == target]
         assert {method for method, _ in here} == {
             *("static-llm-mq", "static-hawq", "static-learnt", "static-gain", "by-position"),
-            *("random", "dynamic", "dpllm"),
+            *("random", "dynamic", "dpllm", "dpllm-oracle"),
         }
         assert ("static-gain", "first token at the widest") in here
         assert ("dynamic", "held on target") in here
@@ -56,7 +65,7 @@ def test_rows_between_widths_read_what_they_say(rows: list[dict[str, Any]]) -> N
         if entry["bits"] not in TARGETS:
             continue
         overhead = entry["read_bits"] - entry["realised_bits"]
-        assert 0.25 < overhead < (8.0 if entry["method"] == "dpllm" else 0.7)  # projections weigh on 48 inputs
+        assert 0.25 < overhead < (8.0 if entry["method"].startswith("dpllm") else 0.7)  # projections weigh on 48 inputs
         if entry["method"].startswith("static"):
             assert entry["bits"] - 0.3 < entry["realised_bits"] <= entry["bits"] + 1e-9
         if entry["method"] in ("dynamic", "dpllm"):
@@ -98,6 +107,41 @@ def test_rows_of_tables_are_counted_with_their_tables(rows: list[dict[str, Any]]
     # A row has some 50 inputs here: 2^b values of 16 bits beside them are more than the codes.
     assert all(bits + 16 * 2**bits / 96 <= r["read_bits"] <= bits + 16 * 2**bits / 48 for bits, r in tables.items())
     assert tables[6]["kl_mean"] < tables[3]["kl_mean"]
+
+
+def test_exact_choices_are_those_of_exact_errors(tiny_model: LoadedModel) -> None:
+    nested = NestedConfig(widths=(2, 3, 5), group_size=16, fit="rounded")
+    precision = PrecisionConfig(targets=(2.5, 3.5), learning_steps=2, projection_rows=4, calibration_tokens=1024)
+    made = compress(tiny_model, Recipe.for_model(tiny_model, nested, precision))
+    assert made.selectors is not None
+    plan = precision_plan(made.architecture, made.selectors, 2.8, "error")
+    tokens = list(range(40, 100))
+    # The first unit's inputs are the dense model's own.
+    inputs: list[torch.Tensor] = []
+    unit = tiny_model.architecture.units[0]
+    module = tiny_model.linear_module(unit.linears[0].id)
+    hook = module.register_forward_pre_hook(lambda _, given: inputs.append(given[0][0]))
+    with torch.no_grad():
+        tiny_model.module(input_ids=torch.tensor([tokens]))
+    hook.remove()
+    low, high = next(c.widths for c in plan.consumers if c.target == unit.id)
+    codes = [made.linears[linear.id] for linear in unit.linears]
+    change = torch.cat([e.dequantize(high) - e.dequantize(low) for e in codes])  # type: ignore[call-arg]
+    errors = (inputs[0] @ change.T).norm(dim=1).numpy()
+    known = made.selectors.errors.copy()
+    known[0] = quantiles(errors)  # so that this very text lies on both sides of the threshold
+    made = dataclasses.replace(made, selectors=dataclasses.replace(made.selectors, errors=known))
+    assert made.selectors is not None
+    found = ExactChoices(tiny_model, made, plan, 2.8, {})(tokens)
+    threshold = error_thresholds(made.architecture, made.selectors, 2.8)[unit.id]
+    sure = np.abs(errors - threshold) > 1e-5
+    chosen = np.array([step[unit.id] for step in found])
+    np.testing.assert_array_equal(chosen[sure], (errors > threshold)[sure])
+    assert 0.2 < chosen.mean() < 0.95
+    # Replayed, later units' choices are those of the very run that they were made in.
+    replayed = open_engine(made, engine="reference", plan=plan).score(tokens, replay=found)  # type: ignore[call-arg]
+    assert np.isfinite(replayed).all()
+    assert set(found[0]) == {u.id for u in tiny_model.architecture.units}
 
 
 def test_a_fit_is_made_once(tiny_model: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -204,30 +204,47 @@ def _cuts(architecture: Architecture, selectors: Selectors, price: float) -> np.
     return np.where(selectors.widths[1:] <= selectors.highest[:, None], cuts, np.inf)
 
 
+def error_thresholds(architecture: Architecture, selectors: Selectors, target: float) -> dict[str, float]:
+    """DP-LLM's threshold on the error of each unit, by id; infinite where the unit does not decide."""
+    precision = learnt_precision(architecture, selectors, target)
+    found = {}
+    for index, unit in enumerate(architecture.units):
+        step, share = _pair(selectors, index, precision[index])
+        if step < 0 or share < _NEVER or share > _ALWAYS:
+            found[unit.id] = -np.inf if share > _ALWAYS else np.inf
+            continue
+        errors = selectors.errors[index, step]
+        levels = (np.arange(len(errors)) + 0.5) / len(errors)
+        found[unit.id] = float(np.interp(1 - share, levels, errors))
+    return found
+
+
+def _pair(selectors: Selectors, unit: int, precision: float) -> tuple[int, float]:
+    """The step that a unit decides about (-1: it has one width), and the share of tokens that take it."""
+    widths = _widths(selectors, unit)
+    step = min(int(np.searchsorted(widths, precision, side="right")) - 1, len(widths) - 2)
+    if step < 0:
+        return -1, 0.0
+    return step, float((precision - widths[step]) / (widths[step + 1] - widths[step]))
+
+
 def _error_plan(architecture: Architecture, selectors: Selectors, target: float) -> Plan:
     precision = learnt_precision(architecture, selectors, target)
+    thresholds = error_thresholds(architecture, selectors, target)
     deciders, consumers = [], []
     for index, unit in enumerate(architecture.units):
+        step, _ = _pair(selectors, index, precision[index])
         widths = _widths(selectors, index)
-        step = min(int(np.searchsorted(widths, precision[index], side="right")) - 1, len(widths) - 2)
-        if step < 0:  # one width alone: nothing to decide
-            program: Program = PositionTable((0,), (0.0,))
-            pair: tuple[int, ...] = widths
-        else:
-            pair = widths[step : step + 2]
-            program = _error_program(selectors, index, step, (precision[index] - pair[0]) / (pair[1] - pair[0]))
-        deciders.append(_decider(unit, program))
+        pair = widths[step : step + 2] if step >= 0 else widths
+        deciders.append(_decider(unit, _error_program(selectors, index, step, thresholds[unit.id])))
         consumers.append(Consumer(unit.id, "width", unit.id, pair, pair))
     return Plan(tuple(deciders), tuple(consumers))
 
 
-def _error_program(selectors: Selectors, unit: int, step: int, share: float) -> Program:
-    """Level 1 for a share of the calibration tokens: those of the largest estimated errors."""
-    if share < _NEVER or share > _ALWAYS:
-        return PositionTable((0,), (float(share > _ALWAYS),))
-    errors = selectors.errors[unit, step]
-    levels = (np.arange(len(errors)) + 0.5) / len(errors)
-    threshold = float(np.interp(1 - share, levels, errors))
+def _error_program(selectors: Selectors, unit: int, step: int, threshold: float) -> Program:
+    """Level 1 where the estimated error exceeds the threshold."""
+    if not np.isfinite(threshold):
+        return PositionTable((0,), (float(threshold < 0),))
     slope, intercept, fit = map(float, selectors.regression[unit, step])
     if fit >= GOOD_FIT and slope > 0:
         return NormLevels(((threshold - intercept) / slope,))

@@ -91,7 +91,8 @@ def precision(context: BenchContext) -> Rows:
 
     Uniform: round-to-nearest, one nested copy read at each width, and the same quantizer run for one width alone
     (``separate``). Between them, at targets of average code bits: static allocations, a schedule by position, DP-LLM
-    (``dpllm``), the rule ``gain`` (``dynamic``) and its rates drawn at random.
+    (``dpllm``; ``dpllm-oracle`` on exact errors, left out where quick), the rule ``gain`` (``dynamic``) and its rates
+    drawn at random.
 
     ``ratio`` is perplexity over that of the dense model; ``gap_closed`` the share of the logarithm of
     round-to-nearest's ratio at that width that a method takes away; ``to_separate`` nested perplexity over that of
@@ -169,7 +170,10 @@ def _target_rows(
     candidates = [*targets.statics(wanted), *targets.by_position()]
     if not context.quick:
         candidates += targets.first_widest(length)
-    candidates += [*targets.dynamic(), *targets.published()]
+    published = targets.published()
+    candidates += [*targets.dynamic(), *published]
+    if not context.quick:
+        candidates += targets.oracle(published)
     found = evaluate(dense, candidates, windows, record, context)
     known = list(zip(candidates, found, strict=True))
     moving = [pair for pair in known if pair[0].method in ("dynamic", "dpllm")]

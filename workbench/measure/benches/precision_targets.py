@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import torch
 
 from workbench.analysis.damage import UnitScores, unit_scores
 from workbench.apply.allocation import allocate, gain_damage, learnt_damage
@@ -17,6 +18,7 @@ from workbench.formats.compressed import CompressedModel
 from workbench.formats.nested import Nested
 from workbench.formats.selectors import Selectors
 from workbench.measure.bench import BenchContext
+from workbench.measure.benches.precision_oracle import ExactChoices
 from workbench.measure.quality import QualityResult, compare_candidates, compare_many
 from workbench.models.base import LoadedModel
 from workbench.runtime import open_engine
@@ -260,6 +262,22 @@ class Targets:
             Candidate("dpllm", target, self._open(plan), self.model, Policy(), _estimators(plan))
             for target in self.targets
             for plan in [precision_plan(self.model.architecture, self.selectors, target, "error")]
+        ]
+
+    def oracle(self, published: Sequence[Candidate]) -> list[Candidate]:
+        """DP-LLM on exact errors, in the engines of the published ones."""
+        weights: dict[tuple[str, int], torch.Tensor] = {}
+        return [
+            Candidate(
+                "dpllm-oracle",
+                one.target,
+                one.engine,
+                self.model,
+                Policy(),
+                "exact errors",
+                replay=ExactChoices(self._dense, self.model, one.engine.plan, one.target, weights),
+            )
+            for one in published
         ]
 
 
