@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 import torch
 
+from workbench.analysis.divergence import dense_states
 from workbench.analysis.gains import token_gains
-from workbench.apply.allocation import allocate, average_bits, gain_damage, learnt_damage
+from workbench.apply.allocation import allocate, gain_damage, learnt_damage
 from workbench.apply.compress import compress
 from workbench.apply.estimators import refine, regress, unit_errors
 from workbench.apply.learn_precision import learn_precision
@@ -87,12 +88,11 @@ def test_gains_are_what_widening_one_unit_takes_off_the_divergence(
     tiny_model: LoadedModel, made: CompressedModel
 ) -> None:
     """Against the difference that is measured by switching one unit, the others half way, on the same text."""
-    from workbench.analysis.divergence import divergence, final_states
-    from workbench.apply.nested_tune import in_place_of_dense
+    from workbench.analysis.divergence import divergence, final_states, in_place_of_dense
 
     codes = codes_of(made)
     text = windows(1, 2)
-    gains = token_gains(tiny_model, codes, 3, 5, text, Job()).sum(axis=0)
+    gains = token_gains(tiny_model, codes, 3, 5, text, dense_states(tiny_model, text), Job()).sum(axis=0)
     half = {name: torch.lerp(c.dequantize(3), c.dequantize(5), 0.5) for name, c in codes.items()}
 
     def total(changed: dict[str, torch.Tensor]) -> float:
@@ -120,7 +120,8 @@ def test_learnt_precision_meets_its_target_and_spares_what_matters(
     codes = codes_of(made)
     highest = {unit.id: 5 for unit in tiny_model.architecture.units}
     highest["blocks.1.o"] = 2
-    found = learn_precision(tiny_model, codes, highest, windows(2, 4), 3.2, 24, Job())
+    text = windows(2, 4)
+    found = learn_precision(tiny_model, codes, highest, text, dense_states(tiny_model, text), 3.2, 24, Job())
     assert found["blocks.1.o"] == 2  # its only width
     assert all(2 <= value <= 5 for value in found.values())
     sizes = {unit.id: unit.n_weights for unit in tiny_model.architecture.units}
@@ -330,7 +331,9 @@ def test_static_allocations_are_exact(made: CompressedModel, chosen: Selectors) 
     for target in (2.5, 3.5, 4.5):
         for damage in (gain_damage(arch, chosen), learnt_damage(arch, chosen, target)):
             found = allocate(damage, target)
-            assert target - 0.25 < average_bits(arch, found) <= target + 1e-9
+            weights = sum(unit.n_weights for unit in arch.units)
+            average = sum(unit.n_weights * found[unit.id] for unit in arch.units) / weights
+            assert target - 0.25 < average <= target + 1e-9
     low, high = target_range(arch, chosen)
     assert (low, high) == pytest.approx((2.0, 5.0))
     precision = learnt_precision(arch, chosen, 2.0)

@@ -17,7 +17,7 @@ def rows(model_folder: Path) -> list[dict[str, Any]]:
     bench = importlib.import_module("workbench.measure.benches.engine")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(bench, "PAIRS_FOR_A_CLAIM", 2)
-        patch.setattr(bench, "NEW_TOKENS", 4)
+        patch.setattr(bench, "_NEW_TOKENS", 4)
         patch.setattr(bench, "PREFILL_TOKENS", 32)
         return list(run_bench("engine", model=str(model_folder), threads=1, quick=True)["rows"])
 

@@ -16,7 +16,7 @@ from workbench.apply.nested import NestedConfig
 from workbench.apply.precision_config import PrecisionConfig
 from workbench.apply.recipe import Recipe
 from workbench.measure.bench import run_bench
-from workbench.measure.benches import precision, precision_speed, precision_targets
+from workbench.measure.benches import engine, precision, precision_targets
 from workbench.measure.benches.precision_oracle import ExactChoices
 from workbench.models import LoadedModel
 from workbench.operate.fits import fitted
@@ -32,7 +32,7 @@ def rows(model_folder: Path) -> list[dict[str, Any]]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(precision, "_WINDOWS", (6, 96))
         patch.setattr(precision_targets, "TARGETS", TARGETS)
-        patch.setattr(precision_speed, "PAIRS_FOR_A_CLAIM", 2)
+        patch.setattr(engine, "PAIRS_FOR_A_CLAIM", 2)
         return list(run_bench("precision", model=str(model_folder), text="pydoc", threads=1)["rows"])
 
 

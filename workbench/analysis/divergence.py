@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
 import torch
 from torch import nn
 
@@ -28,6 +31,26 @@ def divergence(model: LoadedModel, dense: torch.Tensor, ids: torch.Tensor) -> to
         wanted = log_probabilities(model, dense)
     found = log_probabilities(model, final_states(model, ids))
     return nn.functional.kl_div(found, wanted, reduction="batchmean", log_target=True)
+
+
+@contextmanager
+def in_place_of_dense(model: LoadedModel, weights: Mapping[str, nn.Parameter]) -> Iterator[None]:
+    """Run the model with other parameters; its own come back as the very same objects."""
+    modules = {name: model.linear_module(name) for name in weights}
+    dense = {name: module.weight for name, module in modules.items()}
+    try:
+        for name, module in modules.items():
+            module.weight = weights[name]
+        yield
+    finally:
+        for name, module in modules.items():
+            module.weight = dense[name]
+
+
+def dense_states(model: LoadedModel, windows: Sequence[Sequence[int]]) -> list[torch.Tensor]:
+    """What ``final_states`` gives for each window as the model is now; without gradients."""
+    with torch.no_grad():
+        return [final_states(model, torch.tensor([list(window)], device=model.device)) for window in windows]
 
 
 def half_products(model: LoadedModel) -> torch.autocast:

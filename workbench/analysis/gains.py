@@ -14,15 +14,14 @@ forward and one backward pass give it for all units and tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
-from workbench.analysis.divergence import final_states, log_probabilities
+from workbench.analysis.divergence import divergence, in_place_of_dense
 from workbench.errors import InputError
 from workbench.formats.nested import NestedCodes
 from workbench.models.base import LoadedModel
@@ -35,6 +34,7 @@ def token_gains(
     low: int,
     high: int,
     windows: Sequence[Sequence[int]],
+    dense: Sequence[torch.Tensor],
     job: Job,
 ) -> np.ndarray:
     """Gains of reading each unit at ``high`` instead of ``low`` bits, by token.
@@ -45,6 +45,7 @@ def token_gains(
         low: narrower width.
         high: wider width.
         windows: token windows.
+        dense: of each window, what ``dense_states`` gave.
         job: a stage, advanced by window.
 
     Returns:
@@ -56,7 +57,8 @@ def token_gains(
     units = {linear.id: index for index, unit in enumerate(model.architecture.units) for linear in unit.linears}
     job.stage(f"measure gains from {low} to {high} bits", len(windows))
     found = []
-    with torch.inference_mode(False), _half_way(model, codes, low, high) as (changes, dense):
+    with torch.inference_mode(False):
+        middles, changes = _half_way(model, codes, low, high)
         table = np.zeros(0, dtype=np.float32)
 
         def watch(linear_id: str) -> Callable[..., None]:
@@ -71,58 +73,35 @@ def token_gains(
 
             return forward
 
-        for window in windows:
-            ids = torch.tensor([list(window)], device=model.device)
-            with torch.no_grad(), dense():
-                wanted = log_probabilities(model, final_states(model, ids))
-            hooks: list[Any] = [model.linear_module(name).register_forward_hook(watch(name)) for name in units]
-            # Nothing has a gradient of its own but the embedded tokens, through which all of it flows.
-            embedding = model.module.get_input_embeddings()
-            hooks.append(embedding.register_forward_hook(lambda module, inputs, output: output.requires_grad_(True)))
-            table = np.zeros((len(window), len(model.architecture.units)), dtype=np.float32)
-            try:
-                with torch.enable_grad():
-                    states = log_probabilities(model, final_states(model, ids))
-                    loss = nn.functional.kl_div(states, wanted, reduction="sum", log_target=True)
+        hooks: list[Any] = [model.linear_module(name).register_forward_hook(watch(name)) for name in units]
+        # Nothing has a gradient of its own but the embedded tokens, through which all of it flows.
+        embedding = model.module.get_input_embeddings()
+        hooks.append(embedding.register_forward_hook(lambda module, inputs, output: output.requires_grad_(True)))
+        try:
+            with in_place_of_dense(model, middles), torch.enable_grad():
+                for window, states in zip(windows, dense, strict=True):
+                    table = np.zeros((len(window), len(model.architecture.units)), dtype=np.float32)
+                    # Gains are of the loss summed over the text.
+                    loss = divergence(model, states, torch.tensor([list(window)], device=model.device)) * len(window)
                     if not bool(loss.isfinite()):
                         raise InputError(f"The outputs of {model.name} between {low} and {high} bits are not finite.")
                     loss.backward()
-            finally:
-                for hook in hooks:
-                    hook.remove()
-            found.append(table)
-            job.advance()
+                    found.append(table)
+                    job.advance()
+        finally:
+            for hook in hooks:
+                hook.remove()
     return np.concatenate(found)
 
 
-@contextmanager
 def _half_way(
     model: LoadedModel, codes: Mapping[str, NestedCodes], low: int, high: int
-) -> Iterator[tuple[dict[str, torch.Tensor], Any]]:
-    """Run the model half way between two widths; yields their differences, bf16, and a context of dense weights."""
-    modules = {name: model.linear_module(name) for name in codes}
-    own = {name: module.weight for name, module in modules.items()}
-    changes, middles = {}, {}
+) -> tuple[dict[str, nn.Parameter], dict[str, torch.Tensor]]:
+    """Weights half way between two widths, and what lies between the two, bf16; by linear id."""
+    middles, changes = {}, {}
     for name, nested in codes.items():
         first = nested.dequantize(low)
         change = nested.dequantize(high).sub_(first)
         middles[name] = nn.Parameter(first.add_(change, alpha=0.5).to(model.device, model.dtype), requires_grad=False)
         changes[name] = change.to(model.device, torch.bfloat16)
-
-    def put(weights: Mapping[str, Any]) -> None:
-        for name, module in modules.items():
-            module.weight = weights[name]
-
-    @contextmanager
-    def dense() -> Iterator[None]:
-        put(own)
-        try:
-            yield
-        finally:
-            put(middles)
-
-    try:
-        put(middles)
-        yield changes, dense
-    finally:
-        put(own)
+    return middles, changes

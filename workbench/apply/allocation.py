@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import numpy as np
 import pandas as pd
 
@@ -52,9 +50,3 @@ def learnt_damage(architecture: Architecture, selectors: Selectors, target: floa
                 lack = unit.n_weights * max(precision[index] - float(bits), 0.0) ** 2
                 rows.append((unit.id, int(bits), lack, unit.n_weights))
     return pd.DataFrame(rows, columns=["unit", "bits", "damage", "n_weights"])
-
-
-def average_bits(architecture: Architecture, allocation: Mapping[str, int]) -> float:
-    """Average bits of codes of an allocation."""
-    total = sum(unit.n_weights for unit in architecture.units)
-    return sum(unit.n_weights * allocation[unit.id] for unit in architecture.units) / total

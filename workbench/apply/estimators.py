@@ -19,6 +19,7 @@ from torch import nn
 
 from workbench.errors import RecipeError
 from workbench.formats.nested import NestedCodes
+from workbench.formats.selectors import quantile_levels
 from workbench.models.base import LoadedModel, Unit
 from workbench.progress import Job
 
@@ -123,8 +124,7 @@ class _Watched:
 
 def quantiles(values: np.ndarray) -> np.ndarray:
     """Quantiles at (k + 1/2) / K along the first axis, moved to the last: float32 (..., K)."""
-    levels = (np.arange(_LEVELS) + 0.5) / _LEVELS
-    return np.moveaxis(np.quantile(values, levels, axis=0), 0, -1).astype(np.float32)
+    return np.moveaxis(np.quantile(values, quantile_levels(_LEVELS), axis=0), 0, -1).astype(np.float32)
 
 
 def regress(norms: np.ndarray, errors: np.ndarray) -> np.ndarray:

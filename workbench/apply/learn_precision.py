@@ -19,8 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import nn
 
-from workbench.analysis.divergence import divergence, final_states
-from workbench.apply.nested_tune import in_place_of_dense
+from workbench.analysis.divergence import divergence, in_place_of_dense
 from workbench.errors import RecipeError
 from workbench.formats.nested import NestedCodes
 from workbench.models.base import LoadedModel, Unit
@@ -40,6 +39,7 @@ def learn_precision(
     codes: Mapping[str, NestedCodes],
     highest: Mapping[str, int],
     windows: Sequence[Sequence[int]],
+    dense: Sequence[torch.Tensor],
     target: float,
     steps: int,
     job: Job,
@@ -51,6 +51,7 @@ def learn_precision(
         codes: of every linear, by id.
         highest: widest width of each unit, by id.
         windows: token windows of calibration text; each step takes the next.
+        dense: of each window, what ``dense_states`` gave.
         target: average bits over all weights of the units.
         steps: of Adam, one window each.
         job: a stage, advanced by step.
@@ -73,15 +74,14 @@ def learn_precision(
     job.stage(f"learn precision for {target:g} bits", steps)
     with torch.inference_mode(False):
         for step in range(steps):
-            ids = torch.tensor([list(windows[step % len(windows)])], device=model.device)
-            with torch.no_grad():
-                dense = final_states(model, ids)
+            at = step % len(windows)
+            ids = torch.tensor([list(windows[at])], device=model.device)
             share = torch.sigmoid(place)
             precision = low + share * span
             for unit, value in zip(units, precision.tolist(), strict=True):
                 unit.write(value)
             with in_place_of_dense(model, weights), torch.enable_grad():
-                loss = divergence(model, dense, ids)
+                loss = divergence(model, dense[at], ids)
                 if not bool(loss.isfinite()):
                     raise RecipeError(f"The outputs of {model.name} at {target:g} bits are not finite.")
                 loss.backward()

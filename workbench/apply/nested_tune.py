@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
 from torch import nn
 
-from workbench.analysis.divergence import divergence, final_states
+from workbench.analysis.divergence import dense_states, divergence, in_place_of_dense
 from workbench.errors import RecipeError
 from workbench.formats.nested import NestedCodes, zero_points
 from workbench.models.base import LoadedModel
@@ -47,8 +46,7 @@ def tune_scales(
     scales = {name: dict(nested.scales) for name, nested in codes.items()}
     with torch.inference_mode(False):
         ids = [torch.tensor([list(window)], device=model.device) for window in windows[:steps]]
-        with torch.no_grad():
-            dense = [final_states(model, tokens) for tokens in ids]
+        dense = dense_states(model, windows[:steps])
         for bits in [bits for bits in widths if bits <= WIDEST]:
             job.stage(f"tune scales at {bits} bits", steps)
             tuned = {name: _Scales(nested, bits, model) for name, nested in codes.items()}
@@ -119,17 +117,3 @@ class _Scales:
     def stored(self) -> torch.Tensor:
         """The tuned scales, float16 (out, G)."""
         return self._now().clamp(min=_FP16_TINY, max=65504.0).half()
-
-
-@contextmanager
-def in_place_of_dense(model: LoadedModel, weights: Mapping[str, nn.Parameter]) -> Iterator[None]:
-    """Run the model with other parameters; its own come back as the very same objects."""
-    modules = {name: model.linear_module(name) for name in weights}
-    dense = {name: module.weight for name, module in modules.items()}
-    try:
-        for name, module in modules.items():
-            module.weight = weights[name]
-        yield
-    finally:
-        for name, module in modules.items():
-            module.weight = dense[name]

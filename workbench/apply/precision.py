@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from workbench.analysis.damage import UnitScores, unit_scores
+from workbench.analysis.divergence import dense_states
 from workbench.analysis.gains import token_gains
 from workbench.analysis.profile import run
 from workbench.apply.allocation import allocate
@@ -128,10 +129,13 @@ def _selectors(
 ) -> Selectors:
     widths = next(iter(codes.values())).widths
     pairs = list(itertools.pairwise(widths))
-    gains = np.stack([token_gains(model, codes, low, high, tokens, job).mean(axis=0) for low, high in pairs], axis=1)
+    dense = dense_states(model, tokens)
+    gains = np.stack(
+        [token_gains(model, codes, low, high, tokens, dense, job).mean(axis=0) for low, high in pairs], axis=1
+    )
     precision = np.zeros((len(config.targets), len(highest)), dtype=np.float32)
     for row, target in enumerate(config.targets):
-        learnt = learn_precision(model, codes, highest, tokens, target, config.learning_steps, job)
+        learnt = learn_precision(model, codes, highest, tokens, dense, target, config.learning_steps, job)
         precision[row] = [learnt[unit.id] for unit in model.architecture.units]
     found = unit_errors(model, codes, tokens, config.projection_rows, seed, job)
     regression = np.stack(

@@ -50,8 +50,7 @@ class Rtn:
     """Handler of ``RtnConfig``; what it fits is the width of every linear."""
 
     def fit(self, draft: Draft, config: RtnConfig, *, seed: int, job: Job) -> dict[str, int]:
-        model = draft.model
-        return linear_bits(config, model.architecture)
+        return linear_bits(config, draft.model.architecture)
 
     def apply(self, draft: Draft, config: RtnConfig, fitted: dict[str, int], *, job: Job) -> None:
         draft.encode_linears(

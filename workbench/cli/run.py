@@ -151,17 +151,20 @@ def generate(
     with console.running(quiet=True) as job:
         if target is not None and width is not None:
             raise InputError("--width and --target exclude each other: one width for all tokens, or a choice at each.")
-        controller: PrecisionController | None = None
+        watched: Held | None = None
         if log is not None and target is None:
             raise InputError("--log counts the widths that are chosen per token: give a --target too.")
         if target is None:
             opened = _at_width(model, width, engine, threads, job)
+            sequence = opened.start(seed=seed)
         else:
-            opened, controller = _at_target(model, target, hold, fail_safe, engine, threads, job)
+            compressed, selectors = _with_selectors(model)
+            counted = _log(log, compressed, selectors)
+            opened, controller = _at_target(compressed, selectors, target, hold, fail_safe, engine, threads, job)
+            sequence = opened.start(seed=seed)
+            watched = Held(opened, sequence, controller, counted)
         loaded = opened.model
         ids = loaded.encode(prompt) if raw else loaded.encode_chat(prompt)
-        sequence = opened.start(seed=seed)
-        watched = Held(opened, sequence, controller, _log(model, log)) if controller is not None else None
         reply = opened.generate(
             sequence,
             ids,
@@ -173,8 +176,8 @@ def generate(
         )
         if watched is not None:
             watched.finish()
-        if watched is not None and watched.log is not None and log is not None:
-            watched.log.save(log)
+            if watched.log is not None and log is not None:
+                watched.log.save(log)
     steps = [step.seconds for step in sequence.trace[len(ids) :]]
     per_token = 1000 * sum(steps) / len(steps) if steps else None
     if as_json:
@@ -189,8 +192,12 @@ def generate(
                 "seed": seed,
             }
             | (
-                {"target_bits": target, "realised_bits": controller.realised, "warning": controller.warning}
-                if controller is not None
+                {
+                    "target_bits": target,
+                    "realised_bits": watched.controller.realised,
+                    "warning": watched.controller.warning,
+                }
+                if watched is not None
                 else {}
             )
         )
@@ -200,20 +207,20 @@ def generate(
         console.err.print(
             f"{len(reply)} tokens, {per_token:.1f} ms each on the {opened.name} engine (one run, no claim: use measure)"
         )
-    if controller is not None:
-        console.err.print(f"Read at {controller.realised:.3f} bits on average, prompt included; asked for {target:g}.")
-        if controller.warning:
-            console.err.print(controller.warning)
+    if watched is not None:
+        read, warning = watched.controller.realised, watched.controller.warning
+        console.err.print(f"Read at {read:.3f} bits on average, prompt included; asked for {target:g}.")
+        if warning:
+            console.err.print(warning)
 
 
-def _log(model: str, path: Path | None) -> PrecisionLog | None:
+def _log(path: Path | None, compressed: CompressedModel, selectors: Selectors) -> PrecisionLog | None:
     """The log at a path, or an empty one where there is none yet."""
     if path is None:
         return None
     from workbench.runtime.precision_log import PrecisionLog
 
     check_output_file(path)
-    compressed, selectors = _with_selectors(model)
     if path.exists():
         return PrecisionLog.load(path, compressed.sha256, selectors)
     return PrecisionLog.empty(compressed.sha256, selectors)
@@ -253,14 +260,20 @@ def retune(
 
 
 def _at_target(
-    model: str, target: float, hold: bool, fail_safe: bool, engine: str, threads: int | None, job: Job
+    compressed: CompressedModel,
+    selectors: Selectors,
+    target: float,
+    hold: bool,
+    fail_safe: bool,
+    engine: str,
+    threads: int | None,
+    job: Job,
 ) -> tuple[Engine, PrecisionController]:
     """Open an engine on a model with selectors, and what holds it on a target."""
     from workbench.runtime import open_engine
     from workbench.runtime.precision import precision_plan
     from workbench.runtime.precision_control import PrecisionController
 
-    compressed, selectors = _with_selectors(model)
     parts = compressed.architecture
     plan = precision_plan(parts, selectors, target)
     controller = PrecisionController(parts, selectors, target, hold=hold, fail_safe=fail_safe)

@@ -17,9 +17,9 @@ from typing import Any, Self
 
 import torch
 
-from workbench.errors import EngineError
-from workbench.formats.codes import MAX_BITS, MIN_BITS, pack, packed_bytes, unpack
-from workbench.formats.encodings import Encoding, Tensors, meta_shape, meta_value, register_encoding, take
+from workbench.formats.codes import pack, packed_bytes, unpack
+from workbench.formats.encodings import Tensors, meta_shape, meta_value, register_encoding, take
+from workbench.formats.widths import ManyWidths, are_widths
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def zero_codes(zeros: torch.Tensor, bits: int) -> torch.Tensor:
 
 
 @register_encoding
-class Nested(Encoding):
+class Nested(ManyWidths):
     """Nested codes, packed without gaps."""
 
     kind = "nested"
@@ -105,7 +105,8 @@ class Nested(Encoding):
         self.scales = dict(scales)
         self.packed_zeros = dict(packed_zeros)
         self.shape = shape
-        self.bits = max(scales)
+        self.widths = tuple(sorted(scales))
+        self.bits = self.widths[-1]
         self.group_size = group_size
 
     @classmethod
@@ -118,11 +119,6 @@ class Nested(Encoding):
             shape=(nested.codes.shape[0], nested.codes.shape[1]),
             group_size=nested.group_size,
         )
-
-    @property
-    def widths(self) -> tuple[int, ...]:
-        """Widths that it may be read at, ascending."""
-        return tuple(sorted(self.scales))
 
     @property
     def codes(self) -> NestedCodes:
@@ -161,28 +157,8 @@ class Nested(Encoding):
             group_size=group_size,
         )
 
-    def _dequantize(self) -> torch.Tensor:
-        return self.codes.dequantize(self.bits)
-
-    def dequantize(self, bits: int | None = None) -> torch.Tensor:
-        return self.codes.dequantize(self._known(bits))
-
     def read_bits(self, bits: int | None = None) -> int:
         bits = self._known(bits)
         out, width = self.shape
         grid = (self.scales[bits], self.packed_zeros[bits])
         return 8 * (out * packed_bytes(width, bits) + sum(t.numel() * t.element_size() for t in grid))
-
-    def _known(self, bits: int | None) -> int:
-        if bits is None:
-            return self.bits
-        if bits not in self.scales:
-            widths = ", ".join(map(str, self.widths))
-            raise EngineError(f"This matrix may be read at {widths} bits, {bits} were asked for.")
-        return bits
-
-
-def are_widths(found: list[Any]) -> bool:
-    """Whether metadata names widths: whole numbers that codes can have, ascending, each once."""
-    known = all(type(bits) is int and MIN_BITS <= bits <= MAX_BITS for bits in found)
-    return known and len(found) > 0 and found == sorted(set(found))

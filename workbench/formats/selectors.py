@@ -105,6 +105,21 @@ class Selectors:
         return cls(**plain, projections=projections)
 
 
+def quantile_levels(count: int) -> np.ndarray:
+    """Levels that ``count`` quantiles of a distribution are kept at, float64 (count,)."""
+    return (np.arange(count) + 0.5) / count
+
+
+def quantile(kept: np.ndarray, level: float) -> float:
+    """The quantile at any level of a distribution of which ``kept`` (K,) are."""
+    return float(np.interp(level, quantile_levels(len(kept)), kept))
+
+
+def share_above(kept: np.ndarray, cuts: np.ndarray) -> np.ndarray:
+    """Share of a distribution above each of ``cuts``, float64 of their shape; ``kept`` (K,) are its quantiles."""
+    return 1 - np.interp(cuts, kept, quantile_levels(len(kept)), left=0.0, right=1.0)
+
+
 _PLAIN: dict[str, tuple[type, tuple[str, ...]]] = {
     "widths": (np.int8, ("W",)),
     "highest": (np.int8, ("U",)),

@@ -15,10 +15,9 @@ from typing import Any, Self
 
 import torch
 
-from workbench.errors import EngineError
 from workbench.formats.codes import pack, packed_bytes, unpack
-from workbench.formats.encodings import Encoding, Tensors, meta_shape, meta_value, register_encoding, take
-from workbench.formats.nested import are_widths
+from workbench.formats.encodings import Tensors, meta_shape, meta_value, register_encoding, take
+from workbench.formats.widths import ManyWidths, are_widths
 
 
 @dataclass(frozen=True)
@@ -50,7 +49,7 @@ class TableCodes:
 
 
 @register_encoding
-class NestedTables(Encoding):
+class NestedTables(ManyWidths):
     """Table codes, packed without gaps."""
 
     kind = "nested-tables"
@@ -66,18 +65,14 @@ class NestedTables(Encoding):
         self.packed = packed
         self.tables = dict(tables)
         self.shape = shape
-        self.bits = max(tables)
+        self.widths = tuple(sorted(tables))
+        self.bits = self.widths[-1]
 
     @classmethod
     def of(cls, fitted: TableCodes) -> Self:
         """Pack codes that some method has chosen."""
         shape = (fitted.codes.shape[0], fitted.codes.shape[1])
         return cls(pack(fitted.codes, fitted.bits), fitted.tables, shape=shape)
-
-    @property
-    def widths(self) -> tuple[int, ...]:
-        """Widths that it may be read at, ascending."""
-        return tuple(sorted(self.tables))
 
     @property
     def codes(self) -> TableCodes:
@@ -102,21 +97,7 @@ class NestedTables(Encoding):
         parts = take(tensors, expected)
         return cls(parts["codes"], {bits: parts[f"table_{bits}"] for bits in widths}, shape=(out, width))
 
-    def _dequantize(self) -> torch.Tensor:
-        return self.codes.dequantize(self.bits)
-
-    def dequantize(self, bits: int | None = None) -> torch.Tensor:
-        return self.codes.dequantize(self._known(bits))
-
     def read_bits(self, bits: int | None = None) -> int:
         bits = self._known(bits)
         out, width = self.shape
         return 8 * (out * packed_bytes(width, bits) + self.tables[bits].numel() * self.tables[bits].element_size())
-
-    def _known(self, bits: int | None) -> int:
-        if bits is None:
-            return self.bits
-        if bits not in self.tables:
-            widths = ", ".join(map(str, self.widths))
-            raise EngineError(f"This matrix may be read at {widths} bits, {bits} were asked for.")
-        return bits

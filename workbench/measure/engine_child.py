@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -110,6 +110,13 @@ class LlamaCppSide:
 
 def _open(sides: Sequence[dict[str, Any]], threads: int, context: int, job: Job) -> list[Side]:
     engines: dict[tuple, Any] = {}
+    models: dict[str, CompressedModel] = {}
+
+    def stored(source: str) -> CompressedModel:
+        if source not in models:
+            models[source] = CompressedModel.load(source)
+        return models[source]
+
     found: list[Side] = []
     for side in sides:
         # Plans of the rule ``gain`` differ in thresholds alone, those of ``error`` in their estimators.
@@ -120,17 +127,17 @@ def _open(sides: Sequence[dict[str, Any]], threads: int, context: int, job: Job)
             found.append(LlamaCppSide(side["source"], threads, context))
         else:
             if key not in engines:
-                engines[key] = _engine(side, threads)
+                engines[key] = _engine(side, threads, stored)
             engine = engines[key]
-            found.append(CpuSide(engine, _policy(side)) if side["engine"] == "cpu" else ReferenceSide(engine))
+            found.append(CpuSide(engine, _policy(side, stored)) if side["engine"] == "cpu" else ReferenceSide(engine))
         job.advance()
     return found
 
 
-def _engine(side: dict[str, Any], threads: int) -> Any:
+def _engine(side: dict[str, Any], threads: int, stored: Callable[[str], CompressedModel]) -> Any:
     if side.get("rule") is None and side["bits"] is None:
         return open_engine(side["source"], engine=side["engine"], threads=threads, dtype=side["dtype"])
-    model = CompressedModel.load(side["source"])
+    model = stored(side["source"])
     if side.get("rule") is None:
         plan = width_plan(model.architecture, side["widths"], side["widths"][-1])
     else:
@@ -138,9 +145,9 @@ def _engine(side: dict[str, Any], threads: int) -> Any:
     return CpuEngine(model, plan, threads=threads)
 
 
-def _policy(side: dict[str, Any]) -> Policy:
+def _policy(side: dict[str, Any], stored: Callable[[str], CompressedModel]) -> Policy:
     if side.get("rule") == "gain":
-        model = CompressedModel.load(side["source"], verify=False)
+        model = stored(side["source"])
         return Policy(thresholds=gain_thresholds(model.architecture, _selectors(model), side["target"]))
     return Policy({} if side["bits"] is None else {"width": side["bits"]})
 

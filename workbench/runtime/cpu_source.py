@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from workbench.errors import EngineError, IntegrityError
-from workbench.formats.selectors import PREFIX, Selectors
+from workbench.formats.selectors import PREFIX
 from workbench.formats.stored import WEIGHTS, StoredTensors, check_folder
 from workbench.models.base import Architecture, Fingerprint, TextModel
 from workbench.models.families import architecture
@@ -166,9 +166,6 @@ class CompressedSource:
     def has_output(self) -> bool:
         return self._compressed.output is not None
 
-    def selectors(self) -> Selectors | None:
-        return self._compressed.selectors
-
     def vector(self, key: str) -> np.ndarray | None:
         found = self._compressed.others.get(key)
         return None if found is None else np.ascontiguousarray(found.float().numpy())
@@ -218,10 +215,6 @@ class FolderSource:
 
     def has_output(self) -> bool:
         return self._record.output is not None
-
-    def selectors(self) -> Selectors | None:
-        arrays = {name: self._tensors.read(name) for name in self._tensors.names() if name.startswith(PREFIX)}
-        return Selectors.from_arrays(arrays, self._architecture) if arrays else None
 
     def vector(self, key: str) -> np.ndarray | None:
         name = f"others.{key}"

@@ -21,7 +21,7 @@ from typing import Literal
 import numpy as np
 
 from workbench.errors import EngineError, InputError
-from workbench.formats.selectors import Selectors
+from workbench.formats.selectors import Selectors, quantile, share_above
 from workbench.models.base import Architecture, Unit
 from workbench.runtime.base import StepTrace
 from workbench.runtime.plan import (
@@ -79,22 +79,19 @@ def gain_plan(architecture: Architecture, selectors: Selectors, thresholds: Mapp
     return Plan(tuple(deciders), tuple(consumers))
 
 
-def gain_thresholds(
-    architecture: Architecture, selectors: Selectors, target: float, norms: np.ndarray | None = None
-) -> dict[str, tuple[float, ...]]:
+def gain_thresholds(architecture: Architecture, selectors: Selectors, target: float) -> dict[str, tuple[float, ...]]:
     """Thresholds on the norm of each unit's input, one per step, ascending, under which the average is ``target``.
 
     Args:
         architecture: of the model.
         selectors: its statistics.
         target: average bits.
-        norms: float32 (U, K), quantiles of norms to hold the average on instead of those of calibration.
     """
     _check_target(architecture, selectors, target)
     low, high = 1e-40, 1e20  # far beyond what any step is worth: at the ends all or none are taken
     for _ in range(100):
         price = float(np.sqrt(low * high))
-        if expected_bits(architecture, selectors, cuts := _cuts(architecture, selectors, price), norms) > target:
+        if expected_bits(architecture, selectors, cuts := _cuts(architecture, selectors, price)) > target:
             low = price
         else:
             high = price
@@ -104,24 +101,18 @@ def gain_thresholds(
     }
 
 
-def expected_bits(
-    architecture: Architecture, selectors: Selectors, cuts: np.ndarray, norms: np.ndarray | None = None
-) -> float:
-    """Average bits on tokens whose norms have these quantiles (calibration's by default).
+def expected_bits(architecture: Architecture, selectors: Selectors, cuts: np.ndarray) -> float:
+    """Average bits on the tokens of calibration.
 
     Args:
         architecture: of the model.
         selectors: its statistics.
         cuts: (U, W - 1), thresholds on the norm; infinity where a step is never taken.
-        norms: float32 (U, K).
     """
-    norms = selectors.norms if norms is None else norms
-    levels = (np.arange(norms.shape[1]) + 0.5) / norms.shape[1]
     widths = selectors.widths.astype(np.float64)
     total = float(widths[0])
     for index, share in enumerate(_shares(architecture)):
-        above = 1 - np.interp(cuts[index], norms[index], levels, left=0.0, right=1.0)
-        total += float(share * (np.diff(widths) @ above))
+        total += float(share * (np.diff(widths) @ share_above(selectors.norms[index], cuts[index])))
     return total
 
 
@@ -213,9 +204,7 @@ def error_thresholds(architecture: Architecture, selectors: Selectors, target: f
         if step < 0 or share < _NEVER or share > _ALWAYS:
             found[unit.id] = -np.inf if share > _ALWAYS else np.inf
             continue
-        errors = selectors.errors[index, step]
-        levels = (np.arange(len(errors)) + 0.5) / len(errors)
-        found[unit.id] = float(np.interp(1 - share, levels, errors))
+        found[unit.id] = quantile(selectors.errors[index, step], 1 - share)
     return found
 
 

@@ -53,9 +53,7 @@ class PrecisionController:
         fail_safe: bool = False,
     ) -> None:
         self.target, self._hold, self._fail_safe = target, hold, fail_safe
-        self._unlike = (
-            0.0  # bits that thresholds of calibration read beyond the target on this text, summed over tokens
-        )
+        self._unlike = 0.0  # bits beyond the target that unmoved thresholds would have read, summed over tokens
         self._start = gain_thresholds(architecture, selectors, target)
         self._scale = 0.0  # logarithm of the factor on all thresholds
         self._tokens, self._bits = 0, 0.0
@@ -121,8 +119,8 @@ class Held:
         controller: PrecisionController,
         log: PrecisionLog | None = None,
     ) -> None:
-        self._engine, self._sequence, self._controller = engine, sequence, controller
-        self.log = log
+        self._engine, self._sequence = engine, sequence
+        self.controller, self.log = controller, log
         self._seen = 0
 
     def __call__(self, token: int) -> None:
@@ -130,13 +128,13 @@ class Held:
         done = self._sequence.position
         if not self._seen or done - self._seen >= _EVERY:
             self.finish()
-            self._engine.set_policy(self._controller.policy)
+            self._engine.set_policy(self.controller.policy)
 
     def finish(self) -> None:
         """Look at the last tokens, so that the controller's average covers the whole reply."""
         done = self._sequence.position
         steps = self._sequence.trace[self._seen : done]
         if self.log is not None:
-            self.log = self.log.added(self._engine.model.architecture, steps, self._controller.policy.thresholds)
-        self._controller.observe(steps)
+            self.log = self.log.added(self._engine.model.architecture, steps, self.controller.policy.thresholds)
+        self.controller.observe(steps)
         self._seen = done

@@ -16,7 +16,7 @@ import numpy as np
 
 from workbench.errors import InputError
 from workbench.files import check_output_file, write_json
-from workbench.formats.selectors import Selectors
+from workbench.formats.selectors import Selectors, quantile
 from workbench.models.base import Architecture
 from workbench.runtime.base import StepTrace
 
@@ -104,12 +104,11 @@ def retuned(selectors: Selectors, log: PrecisionLog) -> Selectors:
     if log.tokens < _FEWEST:
         raise InputError(f"The log has {log.tokens} tokens, too few to retune on: at least {_FEWEST}.")
     share = log.above / log.tokens
-    levels = (np.arange(selectors.norms.shape[1]) + 0.5) / selectors.norms.shape[1]
     factors = np.full(len(share), np.nan)
     for unit, row in enumerate(share):
         step = int(np.argmin(np.abs(row - 0.5))) if len(row) else 0
         if len(row) and _TELLING[0] < row[step] < _TELLING[1]:
-            calibrated = np.interp(1 - row[step], levels, selectors.norms[unit])
+            calibrated = quantile(selectors.norms[unit], 1 - row[step])
             factors[unit] = np.exp(log.log_cuts[unit, step] / log.tokens) / max(calibrated, 1e-30)
     middle = float(np.nanmedian(factors)) if np.isfinite(factors).any() else 1.0
     factors = np.where(np.isfinite(factors), factors, middle).astype(np.float32)

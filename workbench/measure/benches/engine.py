@@ -37,12 +37,12 @@ from workbench.runtime.plan import Policy, width_plan
 WIDTHS = (2, 3, 4, 5, 6, 8)
 _QUICK_WIDTHS = (3, 4, 8)
 _GROUP_SIZE = 64
-PROMPT = (
+_PROMPT = (
     "Before a model is made smaller, somebody has to say where it may lose precision and where it may not, and then "
     "measure what that did."
 )
-PROMPT_TOKENS, NEW_TOKENS = 16, 128
-CHILD, _LEAN = "workbench.measure.engine_child", "workbench.measure.lean_child"
+_PROMPT_TOKENS, _NEW_TOKENS = 16, 128
+_CHILD, _LEAN = "workbench.measure.engine_child", "workbench.measure.lean_child"
 GET_LLAMA = "llama-cpp-python is not installed: pip install 'compression-workbench[bench]' (it compiles llama.cpp)"
 
 
@@ -98,32 +98,18 @@ def engine(context: BenchContext) -> Rows:
     """
     choose_engine("cpu")
     model = load(context.model, job=context.job)
-    prompt = model.encode(PROMPT)[:PROMPT_TOKENS]
+    prompt = bench_prompt(model)
     with tempfile.TemporaryDirectory() as folder:
         rows = _contenders(model, Path(folder), context)
         dense_quality = _measure_quality(model, rows, context)
         dense_sizes = Sizes.of_dense(model)
         del model  # the timing process loads its own
         timed = [r for r in rows if not r.note]
-        answer = run_child(
-            CHILD,
-            {
-                "sides": [r.side() for r in timed],
-                "prompt": prompt,
-                "new_tokens": NEW_TOKENS,
-                "pairs": PAIRS_FOR_A_CLAIM,
-                "warmup": 1,
-                "threads": context.threads,
-                "prefill_tokens": PREFILL_TOKENS,
-                "prefill_repeats": 5,
-            },
-            threads=context.threads,
-            job=context.job,
-        )
+        answer = time_in_turns([r.side() for r in timed], prompt, context, prefill_repeats=5)
         memory = {
             r.source: run_child(
                 _LEAN,
-                {"folder": r.source, "threads": context.threads, "prompt": prompt, "new_tokens": NEW_TOKENS},
+                {"folder": r.source, "threads": context.threads, "prompt": prompt, "new_tokens": _NEW_TOKENS},
                 threads=context.threads,
                 job=context.job,
             )
@@ -131,6 +117,44 @@ def engine(context: BenchContext) -> Rows:
             if r.engine == "cpu" and r.compressed is not None and r.bits in (None, WIDTHS[-1])
         }
     return _rows(rows, timed, answer, memory, dense_sizes, dense_quality)
+
+
+def time_in_turns(
+    sides: Sequence[dict[str, Any]], prompt: Sequence[int], context: BenchContext, *, prefill_repeats: int
+) -> dict[str, Any]:
+    """Time all sides in one child process, a round of each after the other; ``engine_child`` says what comes back."""
+    return run_child(
+        _CHILD,
+        {
+            "sides": list(sides),
+            "prompt": list(prompt),
+            "new_tokens": _NEW_TOKENS,
+            "pairs": PAIRS_FOR_A_CLAIM,
+            "warmup": 1,
+            "threads": context.threads,
+            "prefill_tokens": PREFILL_TOKENS,
+            "prefill_repeats": prefill_repeats,
+        },
+        threads=context.threads,
+        job=context.job,
+    )
+
+
+def step_columns(side: dict[str, Any], prefill_tokens: int) -> dict[str, Any]:
+    """Columns of a side's times."""
+    steps = np.concatenate([run["step_s"] for run in side["runs"]])
+    median, p95 = (float(v) for v in np.quantile(steps, [0.5, 0.95]))
+    return {
+        "decode_tokens_per_s": 1 / median,
+        "ms_per_token": 1000 * median,
+        "ms_p95": 1000 * p95,
+        "prefill_tokens_per_s": prefill_tokens / float(np.median(side["prefill_s"])),
+    }
+
+
+def bench_prompt(model: LoadedModel) -> list[int]:
+    """What every side continues."""
+    return model.encode(_PROMPT)[:_PROMPT_TOKENS]
 
 
 def _contenders(model: LoadedModel, folder: Path, context: BenchContext) -> list[_Row]:
@@ -284,17 +308,10 @@ def _about(entry: _Row, dense: Sizes, dense_quality: QualityResult | None) -> di
 
 
 def _speed(entry: _Row, side: dict[str, Any], prefill_tokens: int, bandwidth: float) -> dict[str, Any]:
-    steps = np.concatenate([run["step_s"] for run in side["runs"]])
-    median, p95 = (float(v) for v in np.quantile(steps, [0.5, 0.95]))
+    values = step_columns(side, prefill_tokens)
+    median = values["ms_per_token"] / 1000
     touched = [run["touched_bytes"] for run in side["runs"] if run["touched_bytes"] is not None]
-    values: dict[str, Any] = {
-        "decode_tokens_per_s": 1 / median,
-        "ms_per_token": 1000 * median,
-        "ms_p95": 1000 * p95,
-        "prefill_tokens_per_s": prefill_tokens / float(np.median(side["prefill_s"])),
-        "repeats": len(side["runs"]),
-        "bandwidth": bandwidth,
-    }
+    values |= {"repeats": len(side["runs"]), "bandwidth": bandwidth}
     if touched:
         size = float(np.mean(touched))
         parts = side["runs"][0]["parts"]

@@ -12,10 +12,8 @@ import numpy as np
 
 from workbench.formats.compressed import CompressedModel
 from workbench.measure.bench import BenchContext
-from workbench.measure.benches.engine import CHILD, GET_LLAMA, NEW_TOKENS, PROMPT, PROMPT_TOKENS
-from workbench.measure.latency import PAIRS_FOR_A_CLAIM, PREFILL_TOKENS
+from workbench.measure.benches.engine import GET_LLAMA, bench_prompt, step_columns, time_in_turns
 from workbench.measure.rows import row
-from workbench.measure.spawn import run_child
 from workbench.measure.statistics import median_bootstrap
 from workbench.models.base import LoadedModel
 from workbench.models.loading import gguf_file
@@ -44,21 +42,7 @@ def measure_speed(
         if llama:
             keys.append(("llama.cpp", None))
             sides.append({"engine": "llama.cpp", "source": str(path), "dtype": "float32", "bits": None})
-        answer = run_child(
-            CHILD,
-            {
-                "sides": sides,
-                "prompt": model.encode(PROMPT)[:PROMPT_TOKENS],
-                "new_tokens": NEW_TOKENS,
-                "pairs": PAIRS_FOR_A_CLAIM,
-                "warmup": 1,
-                "threads": context.threads,
-                "prefill_tokens": PREFILL_TOKENS,
-                "prefill_repeats": 3,
-            },
-            threads=context.threads,
-            job=context.job,
-        )
+        answer = time_in_turns(sides, bench_prompt(model), context, prefill_repeats=3)
     sides_of = dict(zip(keys, answer["sides"], strict=True))
     medians = {key: np.array([np.median(run["step_s"]) for run in side["runs"]]) for key, side in sides_of.items()}
     bytes_of = {
@@ -91,19 +75,12 @@ def _speed(
     bandwidth: float,
     prefill_tokens: int,
 ) -> dict[str, Any]:
-    steps = np.concatenate([run["step_s"] for run in side["runs"]])
-    median = float(np.median(steps))
-    values: dict[str, Any] = {
-        "decode_tokens_per_s": 1 / median,
-        "ms_per_token": 1000 * median,
-        "ms_p95": 1000 * float(np.quantile(steps, 0.95)),
-        "prefill_tokens_per_s": prefill_tokens / float(np.median(side["prefill_s"])),
-    }
+    values = step_columns(side, prefill_tokens)
     if touched is not None:
         parts = [run["parts"] for run in side["runs"]]
         values |= {
             "bytes_per_token": touched,
-            "bandwidth_share": touched / median / bandwidth,
+            "bandwidth_share": touched / (values["ms_per_token"] / 1000) / bandwidth,
             "selector_share": float(np.median([p["deciders"] / sum(p.values()) for p in parts])),
         }
         if rival is not None:

@@ -16,7 +16,7 @@ from workbench.corpus import TextRecord, Window, open_text, windows
 from workbench.errors import RecipeError
 from workbench.formats.compressed import CompressedModel
 from workbench.formats.nested import Nested
-from workbench.formats.selectors import Selectors
+from workbench.formats.selectors import Selectors, share_above
 from workbench.measure.bench import BenchContext
 from workbench.measure.benches.precision_oracle import ExactChoices
 from workbench.measure.quality import QualityResult, compare_candidates, compare_many
@@ -173,15 +173,13 @@ class Targets:
         return self._scores
 
     def statics(self, wanted: Sequence[tuple[str, float]]) -> list[Candidate]:
-        """Candidates of static allocations (and of the schedule by position), all in one engine."""
-        allocations: list[Mapping[str, int]] = []
-        found = []
-        for method, target in wanted:
-            allocations.append(self.allocation("static-learnt" if method == "by-position" else method, target))
+        """Candidates of static allocations, all in one engine."""
+        allocations = [self.allocation(method, target) for method, target in wanted]
         engine = self._open(ladder_plan(self.model.architecture, allocations))
-        for level, (method, target) in enumerate(wanted):
-            found.append(Candidate(method, target, engine, self.model, Policy({"level": level})))
-        return found
+        return [
+            Candidate(method, target, engine, self.model, Policy({"level": level}))
+            for level, (method, target) in enumerate(wanted)
+        ]
 
     def first_widest(self, length: int) -> list[Candidate]:
         """Static allocations, with the first token read at the widest as ``dynamic`` does: what that alone gives."""
@@ -243,9 +241,7 @@ class Targets:
     def _drawn(self, thresholds: Mapping[str, Sequence[float]]) -> Callable[[Sequence[int]], list[dict[str, Any]]]:
         """Levels drawn for each token and unit with the rates that these thresholds have on calibration text."""
         cuts = cuts_of(self.model.architecture, self.selectors, thresholds)
-        norms = self.selectors.norms
-        levels = (np.arange(norms.shape[1]) + 0.5) / norms.shape[1]
-        above = np.stack([1 - np.interp(c, q, levels, left=0, right=1) for c, q in zip(cuts, norms, strict=True)])
+        above = np.stack([share_above(q, c) for q, c in zip(self.selectors.norms, cuts, strict=True)])
         names = [unit.id for unit in self.model.architecture.units]
         random = np.random.default_rng(0)
 
