@@ -441,8 +441,6 @@ NB_MODULE(_cpu, m) {
              d.block = block, d.every = std::max(every, 1), d.initial = initial;
              wb::Levels levels{std::move(thresholds), std::move(values), first};
              if (program == "norm_levels") d.program = wb::norm_levels(std::move(levels));
-             else if (program == "importance_levels" && matrix && numbers.size() == 3)
-               d.program = wb::importance_levels({matrix->data(), matrix->data() + matrix->shape(1)}, numbers[0], numbers[1], numbers[2], std::move(levels));
              else if (program == "projection_mask" && matrix && numbers.size() == 1)
                d.program = wb::projection_mask({matrix->data(), matrix->data() + matrix->shape(0) * matrix->shape(1)}, checked(matrix->shape(0)),
                                                checked(matrix->shape(1)), static_cast<int>(numbers[0]));

@@ -81,26 +81,6 @@ class NormLevels final : public LevelsProgram {
   float score(const Kernels& k, const float* tap, int width) const override { return std::sqrt(k.squares(tap, width)); }
 };
 
-class ImportanceLevels final : public LevelsProgram {
- public:
-  ImportanceLevels(const std::vector<float>& weights, float step, float bias, float floor, Levels levels)
-      : LevelsProgram(std::move(levels)), weights_(weights, {step}), bias_(bias), floor_(floor) {
-    if (!(floor > 0)) throw std::invalid_argument("An importance needs a floor above zero.");
-  }
-
- protected:
-  float score(const Kernels& k, const float* tap, int width) const override {
-    const double squares = static_cast<double>(k.squares(tap, width));
-    const double sum = weights_.dot(k, 0, tap, width) / std::sqrt(squares / width + 1e-12);
-    const double importance = std::max(sum + static_cast<double>(bias_), static_cast<double>(floor_));
-    return static_cast<float>(std::sqrt(squares * std::sqrt(importance)));
-  }
-
- private:
-  Int8Rows weights_;
-  float bias_, floor_;
-};
-
 class ProjectionLevels final : public LevelsProgram {
  public:
   ProjectionLevels(const std::vector<float>& matrix, std::vector<float> steps, Levels levels)
@@ -195,10 +175,6 @@ void Program::set_thresholds(std::vector<float>) { throw std::invalid_argument("
 
 std::unique_ptr<Program> norm_levels(Levels levels) {
   return std::make_unique<NormLevels>(std::move(levels));
-}
-
-std::unique_ptr<Program> importance_levels(const std::vector<float>& weights, float step, float bias, float floor, Levels levels) {
-  return std::make_unique<ImportanceLevels>(weights, step, bias, floor, std::move(levels));
 }
 
 std::unique_ptr<Program> projection_levels(const std::vector<float>& matrix, std::vector<float> steps, Levels levels) {

@@ -37,8 +37,6 @@ struct Levels {
 std::unique_ptr<Program> norm_levels(Levels levels);
 // 1 for the `keep` largest entries of matrix (size, width) times the tap, else 0; ties go to the lower index.
 std::unique_ptr<Program> projection_mask(std::vector<float> matrix, int size, int width, int keep);
-// Levels of the norm of the tap x, times the fourth root of max(step * weights * x / rms(x) + bias, floor); int8 weights.
-std::unique_ptr<Program> importance_levels(const std::vector<float>& weights, float step, float bias, float floor, Levels levels);
 // Levels of the norm of steps * matrix (rows, width; int8) times the tap.
 std::unique_ptr<Program> projection_levels(const std::vector<float>& matrix, std::vector<float> steps, Levels levels);
 // Levels of weights * tap + bias; `rms`: of the tap over its root mean square.

@@ -38,7 +38,6 @@ from workbench.runtime.plan import (
     PATH_SKIP_MLP,
     Consumer,
     Decider,
-    ImportanceLevels,
     InputTransform,
     LinearLevels,
     NormLevels,
@@ -255,13 +254,12 @@ def width_decisions(widths: tuple[int, ...] = (3, 5, 8)) -> Plan:
         return ProjectionLevels((threshold,), (widths[0], widths[1]), matrix=matrix, steps=np.full(5, 0.01, np.float32))
 
     weights = random.standard_normal(48).astype(np.float32)
-    importance = random.integers(-127, 128, 48).astype(np.int8)
     return Plan(
         deciders=(
             Decider(
                 "qkv",
                 Tap("block_input", 0),
-                ImportanceLevels((6.2, 6.6), weights=importance, step=0.01, bias=1.0, floor=0.1, first=3),
+                NormLevels((6.6, 7.0), first=3),
                 Scope("token"),
             ),
             Decider("gate_up", Tap("mlp_input", 1), projection(48, 9.0), Scope("token"), default=widths[0]),

@@ -18,7 +18,6 @@ from workbench.models.base import Architecture
 from workbench.progress import Job
 from workbench.runtime.cpu_source import GROUP_KINDS, Matrix, Source
 from workbench.runtime.plan import (
-    ImportanceLevels,
     LinearLevels,
     NormLevels,
     Plan,
@@ -368,9 +367,6 @@ def _program(program: Any) -> tuple[str, list[float], np.ndarray | None]:
     """Name, numbers and matrix of a program, as the kernels take them."""
     if isinstance(program, NormLevels):
         return "norm_levels", [], None
-    if isinstance(program, ImportanceLevels):
-        row = np.ascontiguousarray(program.weights, dtype=np.float32)[None]  # int8 values are exact in fp32
-        return "importance_levels", [program.step, program.bias, program.floor], row
     if isinstance(program, ProjectionLevels):
         # Rows of the matrix, each followed by its step.
         rows = np.concatenate([program.matrix.astype(np.float32), program.steps.astype(np.float32)[:, None]], axis=1)

@@ -131,35 +131,6 @@ class NormLevels(_Levels):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ImportanceLevels(_Levels):
-    """Levels of ``norm(x) * max(step * weights @ x / rms(x) + bias, floor) ** 0.25`` of the tap x.
-
-    The norm stands for the error of a narrower width, the rest for how much an error matters at this token. ``weights``
-    is int8 (width,).
-    """
-
-    weights: np.ndarray
-    step: float
-    bias: float
-    floor: float
-
-    @property
-    def multiply_adds(self) -> int:
-        return 2 * int(self.weights.size)
-
-    @property
-    def bytes(self) -> int:
-        return super().bytes + int(self.weights.nbytes) + 12
-
-    def score(self, taps: np.ndarray) -> np.ndarray:
-        taps = taps.astype(np.float64)
-        squares = np.square(taps).sum(axis=1)
-        rms = np.sqrt(squares / taps.shape[1] + 1e-12)
-        importance = np.maximum(self.step * (taps @ self.weights.astype(np.float64)) / rms + self.bias, self.floor)
-        return np.sqrt(squares * np.sqrt(importance)).astype(np.float32)
-
-
-@dataclass(frozen=True, kw_only=True)
 class ProjectionLevels(_Levels):
     """Levels of the norm of ``steps * matrix @ tap``.
 
