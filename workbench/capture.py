@@ -9,14 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Protocol
+from typing import Any, Protocol
 
+import numpy as np
 import pandas as pd
 import torch
 
 from workbench.progress import Job
 from workbench.runtime.base import GREEDY, Sampler
 from workbench.runtime.reference import ReferenceEngine
+
+# Magnitudes from 2^-16 to 2^16 by quarter octaves: beyond, activations are as good as zero or not finite in fp16.
+_LOWEST_OCTAVE, _BINS_PER_OCTAVE, _N_BINS = -16, 4, 128
 
 
 class Reducer(Protocol):
@@ -44,41 +48,72 @@ class StepNorms:
         )
 
 
-class ChannelStatistics:
-    """Per channel of every site: largest magnitude, mean magnitude and mean square over all tokens seen."""
+class ChannelMoments:
+    """Per channel of chosen sites, by range of steps: extremes, moments and quantiles of all tokens seen.
 
-    def __init__(self) -> None:
-        self._count: dict[str, int] = {}
-        self._sums: dict[str, torch.Tensor] = {}
+    Quantiles come from counts of magnitudes in bins of a quarter octave, so memory does not grow with tokens.
+
+    Args:
+        sites: which are looked at.
+        first_steps: where ranges of steps begin, ascending from 0.
+    """
+
+    def __init__(self, sites: Sequence[str], first_steps: Sequence[int]) -> None:
+        self._sites, self._first = frozenset(sites), tuple(first_steps)
+        self._sums: dict[tuple[str, int], torch.Tensor] = {}
+        self._counts: dict[tuple[str, int], torch.Tensor] = {}
+        self._tokens: dict[tuple[str, int], int] = {}
 
     def update(self, site: str, start: int, rows: torch.Tensor) -> None:
-        magnitude = rows.double().abs()
-        new = torch.stack([magnitude.amax(0), magnitude.sum(0), magnitude.square().sum(0)])
-        old = self._sums.get(site)
-        if old is not None:
-            new[0] = torch.maximum(new[0], old[0])
-            new[1:] += old[1:]
-        self._sums[site] = new
-        self._count[site] = self._count.get(site, 0) + len(rows)
+        if site not in self._sites:
+            return
+        ends = (*self._first[1:], start + len(rows))
+        for first, end in zip(self._first, ends, strict=True):
+            part = rows[max(first - start, 0) : max(end - start, 0)]
+            if len(part):
+                self._add((site, first), part.double())
 
-    def table(self) -> pd.DataFrame:
-        """Columns ``site``, ``channel``, ``absmax``, ``mean_abs``, ``mean_square``, ``n_tokens``."""
-        frames = []
-        for site, (largest, total, squares) in self._sums.items():
-            n = self._count[site]
-            frames.append(
-                pd.DataFrame(
-                    {
-                        "site": site,
-                        "channel": range(len(largest)),
-                        "absmax": largest.cpu().numpy(),
-                        "mean_abs": (total / n).cpu().numpy(),
-                        "mean_square": (squares / n).cpu().numpy(),
-                        "n_tokens": n,
-                    }
-                )
-            )
-        return pd.concat(frames, ignore_index=True)
+    def _add(self, key: tuple[str, int], rows: torch.Tensor) -> None:
+        magnitude = rows.abs()
+        powers = torch.stack([magnitude.sum(0), *(rows.pow(p).sum(0) for p in (1, 2, 3, 4))])
+        new = torch.cat([torch.stack([rows.amin(0), rows.amax(0)]), powers])
+        bins = ((magnitude.log2() - _LOWEST_OCTAVE) * _BINS_PER_OCTAVE).floor().clamp(0, _N_BINS - 1).long()
+        width = rows.shape[1]
+        places = bins + torch.arange(width, device=rows.device) * _N_BINS
+        counts = torch.bincount(places.flatten(), minlength=width * _N_BINS).view(width, _N_BINS).int()
+        if key in self._sums:
+            old = self._sums[key]
+            new[0], new[1], new[2:] = torch.minimum(new[0], old[0]), torch.maximum(new[1], old[1]), new[2:] + old[2:]
+            counts += self._counts[key]
+        self._sums[key], self._counts[key] = new, counts
+        self._tokens[key] = self._tokens.get(key, 0) + len(rows)
+
+    def found(self, site: str, first_step: int, quantiles: Sequence[float]) -> dict[str, Any] | None:
+        """Columns of a site and range, one entry per channel; None where no token fell into it.
+
+        ``n_tokens``, ``absmax``, ``min``, ``max``, ``mean``, ``mean_abs``, ``mean_square``, ``kurtosis``, and
+        ``q<digits>`` of the magnitude: the middle of the bin that holds the quantile, but never beyond ``absmax``.
+        """
+        key = (site, first_step)
+        if key not in self._sums:
+            return None
+        n = self._tokens[key]
+        low, high, magnitude, *powers = self._sums[key].cpu().numpy()
+        mean, square, cube, fourth = (power / n for power in powers)
+        variance = square - mean**2
+        central = fourth - 4 * mean * cube + 6 * mean**2 * square - 3 * mean**4
+        # Below this a variance is what rounding leaves of a constant.
+        spread = variance > 1e-9 * square
+        kurtosis = np.divide(central, variance**2, out=np.full(len(mean), np.nan), where=spread)
+        absmax = np.maximum(np.abs(low), np.abs(high))
+        columns = {"absmax": absmax, "min": low, "max": high, "mean": mean, "mean_abs": magnitude / n}
+        columns |= {"mean_square": square, "kurtosis": kurtosis}
+        below = self._counts[key].cpu().numpy().cumsum(axis=1)
+        for level in quantiles:
+            at = (below >= level * n).argmax(axis=1)
+            middle = 2.0 ** (_LOWEST_OCTAVE + (at + 0.5) / _BINS_PER_OCTAVE)
+            columns[f"q{f'{level:g}'.removeprefix('0.').ljust(2, '0')}"] = np.minimum(middle, absmax)
+        return {"n_tokens": n} | {name: values.astype(np.float32) for name, values in columns.items()}
 
 
 @contextmanager

@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 import torch
 
-from workbench.analysis.damage import _divergence
+from workbench.analysis.dense_pass import divergence_of_change
 from workbench.analysis.profile import Profile, run
 from workbench.analysis.sensitivity import (
     DecodingSteps,
@@ -24,7 +24,7 @@ from workbench.analysis.sensitivity import (
     rank_units,
     teacher_forced,
 )
-from workbench.capture import ChannelStatistics, StepNorms, capture_generation, capture_text
+from workbench.capture import StepNorms, capture_generation, capture_text
 from workbench.errors import Cancelled, InputError, IntegrityError
 from workbench.formats.codes import dequantize, quantize_groups
 from workbench.models import LoadedModel
@@ -97,7 +97,7 @@ def test_divergence_keeps_its_digits_and_never_overflows(size: float) -> None:
     change *= size
     dense, other = logits.log_softmax(1), (logits + change).log_softmax(1)
     expected = (dense.exp() * (dense - other)).sum(1)
-    found = _divergence(dense.float(), change.float())
+    found = divergence_of_change(dense.float(), change.float())
     torch.testing.assert_close(found.double(), expected, rtol=1e-3, atol=1e-12)
 
 
@@ -190,22 +190,6 @@ def test_replies_seen_live_equal_replies_seen_at_once(tiny_model: LoadedModel) -
         joined = live.table().merge(whole.table(), on=keys, validate="1:1")
         assert len(joined) == len(whole.table()) == len(live.table())
         np.testing.assert_allclose(joined.norm_x, joined.norm_y, rtol=1e-3)
-
-
-def test_channel_statistics_stream(tiny_model: LoadedModel) -> None:
-    engine = ReferenceEngine(tiny_model)
-    parts, rows = ChannelStatistics(), []
-    engine.set_tap(lambda site, start, x: rows.append(x.clone()) if site == "blocks.1.down" else None)
-    for text in (TEXT[:20], TEXT[20:]):
-        engine.hidden_states(text)
-    for text in (TEXT[:20], TEXT[20:]):
-        capture_text(engine, text, [parts])
-    table = parts.table().query("site == 'blocks.1.down'")
-    x = torch.cat(rows)
-    np.testing.assert_allclose(table.absmax, x.abs().amax(0), rtol=1e-6)
-    np.testing.assert_allclose(table.mean_abs, x.abs().mean(0), rtol=1e-5)
-    np.testing.assert_allclose(table.mean_square, x.square().mean(0), rtol=1e-5)
-    assert set(table.n_tokens) == {60}
 
 
 def test_profiles_keep_table_and_provenance(tiny_model: LoadedModel, tmp_path: Path) -> None:
