@@ -45,6 +45,7 @@ class _Candidate:
     method: str
     bits: int
     model: CompressedModel
+    note: str | None = None
 
     def engine(self, threads: int) -> Engine:
         if self.method not in _NESTED:
@@ -90,7 +91,8 @@ def precision(context: BenchContext) -> Rows:
     """What widths cost: uniform ones, static mixes, and widths chosen per token, all read from nested copies.
 
     Uniform: round-to-nearest, one nested copy read at each width, and the same quantizer run for one width alone
-    (``separate``). Between them, at targets of average code bits: static allocations, a schedule by position, DP-LLM
+    (``separate``); beside them the round-to-nearest model that takes as much memory as the copy with all its widths.
+    Between them, at targets of average code bits: static allocations, a schedule by position, DP-LLM
     (``dpllm``; ``dpllm-oracle`` on exact errors, left out where quick), the rule ``gain`` (``dynamic``) and its rates
     drawn at random.
 
@@ -107,6 +109,7 @@ def precision(context: BenchContext) -> Rows:
     model = load(context.model, job=context.job)
     candidates = _candidates(model, context)
     chosen = _chosen(model, context)
+    candidates.append(_same_memory(model, chosen, context))
     targets = Targets(model, chosen, context)
     dense = open_engine(model, threads=context.threads, activation_mode="fp32")
     rows: Rows = []
@@ -135,6 +138,16 @@ def _chosen(model: LoadedModel, context: BenchContext) -> CompressedModel:
     """The nested copy with what chooses its widths."""
     nested = NestedConfig(widths=WIDTHS, group_size=_GROUP_SIZE, output_bits=_OUTPUT_BITS)
     return context.compress(model, Recipe.for_model(model, nested, PrecisionConfig()), context.job)
+
+
+def _same_memory(model: LoadedModel, chosen: CompressedModel, context: BenchContext) -> _Candidate:
+    """Round-to-nearest at the widest width that takes no more memory than the copy with all its widths."""
+    for bits in range(8, 2, -1):
+        config = RtnConfig(bits=bits, group_size=_GROUP_SIZE, output_bits=_OUTPUT_BITS)
+        made = context.compress(model, Recipe.for_model(model, config), context.job)
+        if made.effective_bits <= chosen.effective_bits:
+            break
+    return _Candidate("rtn", bits, made, note="as much memory as the nested copy")
 
 
 def _width_rows(
@@ -249,6 +262,8 @@ def _row(candidate: _Candidate, quality: QualityResult, engine: str, mode: str) 
         "realised_bits": float(candidate.bits),
         "calibration": None if candidate.method == "rtn" else "self",
     }
+    if candidate.note:
+        entry["note"] = candidate.note
     return entry | ({"group_size": None} if candidate.method == "nested-anyprecision" else {})
 
 
