@@ -17,8 +17,7 @@ from workbench.models import LoadedModel
 from workbench.operate.sensitivity import SensitivityOptions
 from workbench.progress import Job
 from workbench.store import Store
-from workbench.view import controller as controller_module
-from workbench.view import loop, panels
+from workbench.view import loop, panels, sitting
 from workbench.view.controller import Controller, State
 from workbench.view.demo import DemoOptions, Measuring
 from workbench.view.loop import Settings
@@ -145,7 +144,7 @@ def test_a_defect_is_not_hidden(controller: Controller, monkeypatch: pytest.Monk
 
 
 def test_listeners_see_states_in_order_until_they_stop(controller: Controller, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(controller_module, "PROGRESS_INTERVAL_S", 0.0)
+    monkeypatch.setattr(sitting, "PROGRESS_INTERVAL_S", 0.0)
     seen: list[State] = []
     stop = controller.subscribe(seen.append)
     controller.analyse().result()
@@ -180,7 +179,7 @@ def test_a_listener_that_acts_leaves_nobody_with_an_older_state(controller: Cont
 def test_panels_escape_what_comes_from_outside(tmp_path: Path) -> None:
     nasty = "<script>x</script>"
     state = State(model=nasty, budget=4.0, error=nasty, message=nasty)
-    for html in (panels.heading(nasty), panels.status(state), panels.status(State(nasty, 4.0, message=nasty))):
+    for html in (panels.heading(nasty), panels.status(state), panels.status(State(model=nasty, budget=4.0, message=nasty))):
         assert "<script" not in html
     assert "&lt;script&gt;" in panels.status(state)
 

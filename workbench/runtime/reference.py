@@ -205,6 +205,10 @@ class ReferenceEngine(Guarded):
         self._policy = policy
         self._programs.update(programs_of(self.plan, policy))
 
+    def weight(self, linear_id: str, bits: int) -> torch.Tensor:
+        """The weight (out, in) that a width consumer of this plan reads at a width."""
+        return self._widths[linear_id, bits]
+
     def set_tap(self, callback: TapCallback | None) -> None:
         """Call ``callback(site, first position, rows)`` for each linear's input and each block's residual."""
         self._tap = callback

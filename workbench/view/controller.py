@@ -1,48 +1,27 @@
-"""What the user is doing, without any UI toolkit: the model, the bits picked, the work under way, and its results.
-
-A skin (ipywidgets, Panel) subscribes to a ``Controller``, shows its ``State`` and calls its actions. Long work runs in
-one worker thread, one piece at a time, so that a skin never blocks; listeners are called in the thread that made the
-change, and whoever shows the state in a toolkit must be ready for that.
-"""
+"""What the user is doing, without any UI toolkit: the model, the bits picked, the work under way, and its results."""
 
 from __future__ import annotations
 
-import logging
-import threading
-import time
-from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from workbench.apply.recipe import Recipe, Solution
-from workbench.errors import Cancelled, InputError, RecipeError, WorkbenchError
-from workbench.models import Architecture, LoadedModel, load
-from workbench.progress import Job, JobState
+from workbench.errors import InputError, RecipeError, WorkbenchError
+from workbench.models import Architecture
 from workbench.store import Store
 from workbench.view import loop
 from workbench.view.loop import Look, Settings, Trial
-
-T = TypeVar("T")
-
-log = logging.getLogger(__name__)
-
-# A listener hears of progress at most this often; changes of anything else always reach it.
-PROGRESS_INTERVAL_S = 0.2
+from workbench.view.sitting import Sitting, SittingState
 
 
-@dataclass(frozen=True)
-class State:
-    """One moment. Parts that did not change are the same objects as before, so a skin redraws what differs.
+@dataclass(frozen=True, kw_only=True)
+class State(SittingState):
+    """One moment of a sitting in which bits are picked.
 
     Attributes:
-        model: name or path of the dense model.
-        busy: what the worker is doing (``Analysing``, ``Running``), or an empty string.
-        cancelling: a cancel was asked for and takes effect at the next safe point.
-        progress: of the present stage, None when idle.
-        message: one line of what happened last.
-        error: one line of what went wrong last, or an empty string.
         architecture: of the model, once it was loaded.
         look: what was seen, once analysed.
         budget: effective bits asked for.
@@ -52,13 +31,7 @@ class State:
         trial: the last run's result; it stays while another choice is made, and says which bits it was for.
     """
 
-    model: str
     budget: float
-    busy: str = ""
-    cancelling: bool = False
-    progress: JobState | None = None
-    message: str = ""
-    error: str = ""
     architecture: Architecture | None = None
     look: Look | None = None
     budget_range: tuple[float, float] | None = None
@@ -72,10 +45,7 @@ class State:
         return self.recipe.solution if self.recipe is not None else None
 
 
-Listener = Callable[[State], None]
-
-
-class Controller:
+class Controller(Sitting[State]):
     """State and actions of one sitting with one model.
 
     Args:
@@ -95,56 +65,9 @@ class Controller:
         store: Store | None = None,
         out: Path | None = None,
     ) -> None:
+        super().__init__(State(model=str(model), budget=budget), store)
         self.settings = settings or Settings()
-        self._store = store or Store()
         self._out = out
-        self._dense: LoadedModel | None = None
-        self._job = Job()
-        self._work: Future[Any] | None = None
-        self._told = 0.0
-        self._telling = False
-        self._lock = threading.RLock()
-        self._listeners: list[Listener] = []
-        self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="workbench")
-        self._state = State(model=str(model), budget=budget)
-
-    # State -----------------------------------------------------------------------------------------------------
-
-    @property
-    def state(self) -> State:
-        return self._state
-
-    def subscribe(self, listener: Listener) -> Callable[[], None]:
-        """Call ``listener`` with every new state; returns a function that stops it."""
-        with self._lock:
-            self._listeners.append(listener)
-
-        def stop() -> None:
-            with self._lock:
-                if listener in self._listeners:
-                    self._listeners.remove(listener)
-
-        return stop
-
-    def _change(self, **changes: Any) -> None:
-        """Replace parts of the state and tell the listeners, in order.
-
-        A listener may act itself (a slider that is clamped asks for another budget): that state follows once all
-        listeners have heard of this one, so that none is left showing an older state than another.
-        """
-        with self._lock:
-            self._state = replace(self._state, **changes)
-            if self._telling:
-                return
-            self._telling = True
-            try:
-                told: State | None = None
-                while told is not self._state:
-                    told = self._state
-                    for listener in list(self._listeners):
-                        listener(told)
-            finally:
-                self._telling = False
 
     # Actions: quick, in the caller's thread ------------------------------------------------------------------------
 
@@ -174,27 +97,6 @@ class Controller:
         """Leave every unit to the solver."""
         self._change(pinned={}, **self._solved(self._state.budget, {}))
 
-    def cancel(self) -> None:
-        """Stop the work under way at its next safe point; nothing happens where there is none."""
-        with self._lock:  # said before it is done: work that ends at once must have the last word
-            if self._state.busy:
-                self._change(cancelling=True, message=f"{self._state.busy}: cancelling.")
-                self._job.cancel()
-
-    def wait(self) -> State:
-        """Block until nothing is under way, and return the state. What the work raised, if anything, is raised here."""
-        if self._work is not None:
-            self._work.result()
-        return self._state
-
-    def close(self) -> None:
-        """Cancel what runs, and free the model and the worker."""
-        self._job.cancel()
-        self._worker.shutdown(wait=True, cancel_futures=True)
-        self._dense = None
-        with self._lock:
-            self._listeners.clear()
-
     # Actions: long, in the worker ----------------------------------------------------------------------------------
 
     def analyse(self) -> Future[Look]:
@@ -217,50 +119,6 @@ class Controller:
                 "There are no bits to run with yet: analyse the model, and choose a budget that is possible."
             )
         return self._start("Running", lambda: self._run(recipe))
-
-    def _start(self, name: str, work: Callable[[], T]) -> Future[T]:
-        with self._lock:
-            if self._state.busy:
-                raise InputError(f"{self._state.busy} is still under way: wait for it, or cancel it first.")
-            self._job = Job(self._tell)
-            self._change(busy=name, cancelling=False, progress=None, error="", message=f"{name} ...")
-            future = self._worker.submit(self._guarded, name, work)
-            self._work = future
-        return future
-
-    def _guarded(self, name: str, work: Callable[[], T]) -> T:
-        """Run ``work``; what it raises becomes one line of the state, and stays in its future."""
-        began = time.monotonic()
-        try:
-            result = work()
-        except Cancelled as error:
-            self._finish(message=str(error))
-            raise
-        except WorkbenchError as error:
-            self._finish(message=f"{name} failed.", error=str(error))
-            raise
-        except Exception as error:
-            log.exception("%s failed", name)
-            self._finish(message=f"{name} failed.", error=f"Unexpected {type(error).__name__}: {error}")
-            raise
-        self._finish(message=f"{name} took {time.monotonic() - began:.0f} s.")
-        return result
-
-    def _finish(self, **changes: Any) -> None:
-        self._change(busy="", cancelling=False, progress=None, **changes)
-
-    def _tell(self, progress: JobState) -> None:
-        """Pass progress on, but not more often than a screen can use."""
-        now = time.monotonic()
-        begins = self._state.progress is None or self._state.progress.stage != progress.stage
-        if begins or progress.done >= progress.total or now - self._told >= PROGRESS_INTERVAL_S:
-            self._told = now
-            self._change(progress=progress)
-
-    def _model(self) -> LoadedModel:
-        if self._dense is None:
-            self._dense = load(self._state.model, job=self._job)
-        return self._dense
 
     def _analyse(self) -> Look:
         model = self._model()

@@ -7,31 +7,20 @@ other pictures are plain figures in ``Output`` widgets.
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Any
 
 from workbench.analysis.sensitivity import rank_linears, rank_units
-from workbench.errors import EngineError
 from workbench.store import Store
 from workbench.view import panels, plots
 from workbench.view.controller import Controller, State
 from workbench.view.heatmap import StepGrid, grid_figure, step_grid
 from workbench.view.loop import Settings
+from workbench.view.parts import WIDE, Picture, button, go, html, label, title, widgets
 from workbench.view.style import TEMPLATE
 
-try:
-    import ipywidgets as widgets
-    import plotly.graph_objects as go
-    from plotly.basewidget import BaseFigureWidget  # noqa: F401 - needs anywidget, which this finds out
-except ImportError as error:
-    raise EngineError(
-        f"The notebook's widgets need {error.name}: install them with pip install 'compression-workbench[lab]'."
-    ) from error
-
 _VALUE = "relative_error"
-_WIDE = {"width": "100%"}
 # Values of the first entries of two menus; None would leave a menu without any entry chosen.
 _ALL_SEQUENCES = -1
 _SOLVER_DECIDES = 0
@@ -76,7 +65,7 @@ class SensitivityWorkbench(widgets.VBox):  # type: ignore[misc]
                 *self._pick_parts,
                 *self._result_parts,
             ],
-            layout=_WIDE,
+            layout=WIDE,
         )
         self.add_class("wb-workbench")
         self._stop = self.controller.subscribe(self._show)
@@ -93,9 +82,9 @@ class SensitivityWorkbench(widgets.VBox):  # type: ignore[misc]
     # Parts ---------------------------------------------------------------------------------------------------------
 
     def _make_run(self) -> None:
-        self._analyse = _button("Analyse", "wb-analyse", "Look at the model (again)", "search")
-        self._run = _button("Run", "wb-run", "Compress with the bits picked, generate, and measure", "play", "primary")
-        self._cancel = _button("Cancel", "wb-cancel", "Stop at the next safe point", "stop", "warning")
+        self._analyse = button("Analyse", "wb-analyse", "Look at the model (again)", "search")
+        self._run = button("Run", "wb-run", "Compress with the bits picked, generate, and measure", "play", "primary")
+        self._cancel = button("Cancel", "wb-cancel", "Stop at the next safe point", "stop", "warning")
         self._analyse.on_click(lambda _: self.controller.analyse())
         self._run.on_click(lambda _: self.controller.run())
         self._cancel.on_click(lambda _: self.controller.cancel())
@@ -108,8 +97,8 @@ class SensitivityWorkbench(widgets.VBox):  # type: ignore[misc]
             layout={"width": "320px"},
         )
         self._bar.add_class("wb-progress")
-        self._remaining = _label("wb-remaining")
-        self._status = _html("wb-status")
+        self._remaining = label("wb-remaining")
+        self._status = html("wb-status")
         self._run_bar = [
             widgets.HBox(
                 [self._analyse, self._run, self._cancel, self._bar, self._remaining],
@@ -117,12 +106,12 @@ class SensitivityWorkbench(widgets.VBox):  # type: ignore[misc]
             ),
             self._status,
         ]
-        self._measured = _html("wb-measured")
+        self._measured = html("wb-measured")
         self._measured.value = panels.measured(None)
-        self._latency = _Picture("wb-latency")
-        self._texts = _html("wb-texts")
+        self._latency = Picture("wb-latency")
+        self._texts = html("wb-texts")
         self._result_parts = [
-            _title("Measured"),
+            title("Measured"),
             self._measured,
             self._latency,
             self._texts,
@@ -148,12 +137,12 @@ class SensitivityWorkbench(widgets.VBox):  # type: ignore[misc]
         self._bits.observe(lambda _: self._draw_look(), "value")
         self._sequence.observe(lambda _: self._draw_look(), "value")
         self._map = go.FigureWidget(go.Figure(layout={"template": TEMPLATE, "height": 320}))
-        map_box = widgets.VBox([self._map], layout=_WIDE)
+        map_box = widgets.VBox([self._map], layout=WIDE)
         map_box.add_class("wb-heatmap")
-        self._linears = _html("wb-linears")
-        self._units = _html("wb-units")
+        self._linears = html("wb-linears")
+        self._units = html("wb-units")
         self._look_parts = [
-            _title("Look: relative output error over decoding steps"),
+            title("Look: relative output error over decoding steps"),
             widgets.HBox([self._bits, self._sequence], layout={"flex_flow": "row wrap"}),
             map_box,
             widgets.HBox(
@@ -176,7 +165,7 @@ class SensitivityWorkbench(widgets.VBox):  # type: ignore[misc]
             layout={"width": "520px"},
         )
         self._budget.add_class("wb-budget")
-        self._predicted = _html("wb-predicted")
+        self._predicted = html("wb-predicted")
         self._unit = widgets.Dropdown(
             options=[], description="Unit", tooltip="Or click a row of the heat map", layout={"width": "260px"}
         )
@@ -191,15 +180,15 @@ class SensitivityWorkbench(widgets.VBox):  # type: ignore[misc]
             layout={"width": "260px"},
         )
         self._unit_bits.add_class("wb-unit-bits")
-        self._unpin = _button("Unpin all", "wb-unpin", "Leave every unit to the solver", "undo")
+        self._unpin = button("Unpin all", "wb-unpin", "Leave every unit to the solver", "undo")
         self._budget.observe(self._on_budget, "value")
         self._unit.observe(lambda _: self._show_pin(), "value")
         self._unit_bits.observe(self._on_pin, "value")
         self._unpin.on_click(lambda _: self.controller.unpin_all())
-        self._grid_picture = _Picture("wb-grid")
-        self._pareto = _Picture("wb-pareto")
+        self._grid_picture = Picture("wb-grid")
+        self._pareto = Picture("wb-pareto")
         self._pick_parts = [
-            _title("Pick: bits of each unit"),
+            title("Pick: bits of each unit"),
             self._budget,
             self._predicted,
             widgets.HBox([self._unit, self._unit_bits, self._unpin], layout={"flex_flow": "row wrap"}),
@@ -321,47 +310,6 @@ class SensitivityWorkbench(widgets.VBox):  # type: ignore[misc]
         )
 
 
-class _Picture(widgets.Output):  # type: ignore[misc]
-    """A plotly figure without a way back to the kernel; set as a trait, so that any thread may show one."""
-
-    def __init__(self, name: str) -> None:
-        super().__init__(layout=_WIDE)
-        self.add_class(name)
-
-    def show(self, figure: go.Figure) -> None:
-        content = json.loads(figure.to_json())
-        content["config"] = {"displaylogo": False, "responsive": True}
-        self.outputs = (
-            {
-                "output_type": "display_data",
-                "data": {"application/vnd.plotly.v1+json": content},
-                "metadata": {},
-            },
-        )
-
-
 def _whole_steps(low: float, high: float, step: float) -> tuple[int, int]:
     """First and last multiple of ``step`` within [low, high]."""
     return math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
-
-
-def _button(text: str, name: str, tooltip: str, icon: str, style: str = "") -> Any:
-    button = widgets.Button(description=text, tooltip=tooltip, icon=icon, button_style=style, layout={"width": "auto"})
-    button.add_class(name)
-    return button
-
-
-def _html(name: str) -> Any:
-    element = widgets.HTML(layout={"max_width": "100%"})
-    element.add_class(name)
-    return element
-
-
-def _label(name: str) -> Any:
-    element = widgets.Label()
-    element.add_class(name)
-    return element
-
-
-def _title(text: str) -> Any:
-    return widgets.HTML(panels.panel(f"<h3>{text}</h3>"))
