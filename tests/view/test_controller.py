@@ -179,7 +179,11 @@ def test_a_listener_that_acts_leaves_nobody_with_an_older_state(controller: Cont
 def test_panels_escape_what_comes_from_outside(tmp_path: Path) -> None:
     nasty = "<script>x</script>"
     state = State(model=nasty, budget=4.0, error=nasty, message=nasty)
-    for html in (panels.heading(nasty), panels.status(state), panels.status(State(model=nasty, budget=4.0, message=nasty))):
+    for html in (
+        panels.heading(nasty),
+        panels.status(state),
+        panels.status(State(model=nasty, budget=4.0, message=nasty)),
+    ):
         assert "<script" not in html
     assert "&lt;script&gt;" in panels.status(state)
 

@@ -217,6 +217,53 @@ def thresholds(architecture: Architecture, selectors: Selectors, target: float, 
     return pd.DataFrame(rows, columns=["unit", "low", "high", "threshold", "share"])
 
 
+def policy_thresholds(
+    architecture: Architecture, selectors: Selectors, cuts: pd.DataFrame
+) -> dict[str, tuple[float, ...]]:
+    """Thresholds of the rule ``gain`` on the norm, as a policy takes them, from those on the scale of the estimate.
+
+    Later steps of a unit are taken only after earlier ones: a threshold below that of the step before is raised to it.
+
+    Args:
+        architecture: of the model.
+        selectors: its statistics.
+        cuts: ``unit``, ``low`` and ``threshold``, as ``thresholds`` gives them.
+    """
+    widths = [int(width) for width in selectors.widths]
+    by_unit = dict(tuple(cuts.sort_values("low").groupby("unit", sort=False)))
+    found: dict[str, tuple[float, ...]] = {}
+    for index, unit in enumerate(architecture.units):
+        if unit.id not in by_unit:
+            found[unit.id] = ()
+            continue
+        rows = by_unit[unit.id]
+        scales = [max(error_scale(selectors, index, widths.index(int(low))), 1e-30) for low in rows["low"]]
+        found[unit.id] = tuple(np.maximum.accumulate(rows["threshold"].to_numpy(np.float64) / scales).tolist())
+    return found
+
+
+def with_threshold(
+    architecture: Architecture, selectors: Selectors, cuts: pd.DataFrame, unit: str, low: int, threshold: float
+) -> pd.DataFrame:
+    """The table of ``thresholds`` (rule ``gain``) with one threshold moved, and its share with it.
+
+    Raises:
+        InputError: a step that the table does not hold, or a threshold that is negative or NaN.
+    """
+    at = (cuts["unit"] == unit) & (cuts["low"] == low)
+    if not at.any():
+        raise InputError(f"{unit} decides nothing from {low} bits on.")
+    if not threshold >= 0:
+        raise InputError(f"A threshold on an error is 0 or more, got {threshold:g}.")
+    index = [one.id for one in architecture.units].index(unit)
+    step = [int(width) for width in selectors.widths].index(low)
+    norm = threshold / max(error_scale(selectors, index, step), 1e-30)
+    share = float(share_above(selectors.norms[index], np.array([norm]))[0])
+    found = cuts.copy()
+    found.loc[at, ["threshold", "share"]] = (threshold, share)
+    return found
+
+
 def expected_average(architecture: Architecture, selectors: Selectors, shares: pd.DataFrame) -> float:
     """Average bits on calibration text where units take their steps by these shares (table of ``thresholds``)."""
     sizes = {unit.id: unit.n_weights for unit in architecture.units}

@@ -146,6 +146,8 @@ def _engine(side: dict[str, Any], threads: int, stored: Callable[[str], Compress
 
 
 def _policy(side: dict[str, Any], stored: Callable[[str], CompressedModel]) -> Policy:
+    if "thresholds" in side:
+        return Policy(thresholds={unit: tuple(cuts) for unit, cuts in side["thresholds"].items()})
     if side.get("rule") == "gain":
         model = stored(side["source"])
         return Policy(thresholds=gain_thresholds(model.architecture, _selectors(model), side["target"]))

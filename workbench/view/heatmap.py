@@ -24,6 +24,10 @@ VALUE_TITLES = {
     "relative_error": "relative output error",
     "error_norm": "output error (L2 norm)",
     "output_norm": "output (L2 norm)",
+    "estimate": "estimated error (L2 norm)",
+    "error": "exact error (L2 norm)",
+    "ratio": "estimated over exact error",
+    "width": "width read (bits)",
 }
 
 
@@ -142,9 +146,13 @@ def step_heatmap(
     return grid_figure(grid, profile, bits, value)
 
 
-def grid_figure(grid: StepGrid, profile: Profile, bits: int, value: str) -> go.Figure:
-    """Draw a ``StepGrid``."""
+def grid_figure(
+    grid: StepGrid, profile: Profile, bits: int, value: str, *, text: str | None = None, rows: str = "linear"
+) -> go.Figure:
+    """Draw a ``StepGrid``; ``text`` is another title, ``rows`` what its rows are."""
     logs, low, high = _log10(grid.values)
+    if value == "width":
+        logs, low, high = grid.values, float(np.nanmin(grid.values)), float(np.nanmax(grid.values))
     columns = [
         f"sequence {sequence}, {phase}, " + (f"step {first}" if first == last else f"steps {first} to {last}")
         for sequence, phase, first, last in _columns(grid.columns)
@@ -161,7 +169,9 @@ def grid_figure(grid: StepGrid, profile: Profile, bits: int, value: str) -> go.F
             colorscale=SEQUENTIAL,
             hoverongaps=False,
             hovertemplate="<b>%{y}</b><br>%{x}<br>" + title + " %{customdata:.3g}<extra></extra>",
-            colorbar=_log_colorbar(low, high, title + " (log scale)"),
+            colorbar=_width_colorbar(grid.values, title)
+            if value == "width"
+            else _log_colorbar(low, high, title + " (log scale)"),
         )
     )
     if grid.steps_per_cell > 1:
@@ -178,14 +188,14 @@ def grid_figure(grid: StepGrid, profile: Profile, bits: int, value: str) -> go.F
     figure.update_layout(
         template=TEMPLATE,
         title={
-            "text": f"Sensitivity of each linear at each decoding step, {bits} bits",
+            "text": text or f"Sensitivity of each linear at each decoding step, {bits} bits",
             "subtitle": {"text": subtitle(profile.provenance, *parts)},
         },
         height=int(np.clip(170 + n_rows * (3.2 if many else 17), 320, 1000)),
         margin={"t": 104},
         xaxis={"title": "decoding step (token position in its sequence)", "showgrid": False, **_step_ticks(grid)},
         yaxis={
-            "title": "linear, first block on top",
+            "title": f"{rows}, first block on top",
             "autorange": "reversed",
             "showgrid": False,
             # Names of all rows where they fit, else a selection that grows as the reader zooms in.
@@ -206,6 +216,17 @@ def _log10(values: np.ndarray) -> tuple[np.ndarray, float, float]:
         logs = np.log10(np.where(values <= 0, floor, values))
     low, high = float(np.log10(floor)), float(np.log10(positive.max()))
     return logs, low, high if high > low else low + 1.0
+
+
+def _width_colorbar(values: np.ndarray, title: str) -> dict[str, object]:
+    widths = [float(bits) for bits in np.unique(values[np.isfinite(values)])]
+    return {
+        "title": {"text": title, "side": "right"},
+        "tickvals": widths,
+        "ticktext": [f"{bits:g}" for bits in widths],
+        "thickness": 14,
+        "outlinewidth": 0,
+    }
 
 
 def _log_colorbar(low: float, high: float, title: str) -> dict[str, object]:

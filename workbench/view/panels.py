@@ -11,6 +11,7 @@ from workbench.progress import JobState
 from workbench.view.controller import State
 from workbench.view.loop import Trial
 from workbench.view.plots import speed_sentence
+from workbench.view.sitting import SittingState
 from workbench.view.texts import Generation, differences, marked_html
 
 # JupyterLab's own colours, so that light and dark themes both read well; the second value is for other front ends.
@@ -39,13 +40,13 @@ def panel(content: str, role: str = "") -> str:
     return f'<div class="wb-panel"{attributes}>{content}</div>'
 
 
-def heading(model: str) -> str:
-    """The model's name, or the last part of its path; the whole of it on hover."""
+def heading(model: str, what: str = "Sensitivity of") -> str:
+    """What is shown of the model, by its name or the last part of its path; the whole of it on hover."""
     short = Path(model).name if Path(model).exists() else model
-    return panel(f'<h2 title="{escape(model)}">Sensitivity of {escape(short)}</h2>')
+    return panel(f'<h2 title="{escape(model)}">{escape(what)} {escape(short)}</h2>')
 
 
-def status(state: State) -> str:
+def status(state: SittingState) -> str:
     """What happened last, and what went wrong."""
     if state.error:
         return panel(f'<div class="wb-error"><b>Not possible:</b> {escape(state.error)}</div>', "status")
@@ -147,7 +148,7 @@ def measured(trial: Trial | None) -> str:
     )
 
 
-def side_by_side(generations: tuple[Generation, ...]) -> str:
+def side_by_side(generations: tuple[Generation, ...], other: str = "compressed") -> str:
     """Replies of both, with what differs marked."""
     blocks = []
     for generation in generations:
@@ -155,7 +156,8 @@ def side_by_side(generations: tuple[Generation, ...]) -> str:
         blocks.append(
             f'<div class="wb-prompt">{escape(generation.prompt)}</div><div class="wb-pair">'
             f'<div><div class="wb-note">dense</div><div class="wb-reply">{marked_html(left)}</div></div>'
-            f'<div><div class="wb-note">compressed</div><div class="wb-reply">{marked_html(right)}</div></div></div>'
+            f'<div><div class="wb-note">{escape(other)}</div>'
+            f'<div class="wb-reply">{marked_html(right)}</div></div></div>'
         )
     return panel("".join(blocks))
 

@@ -120,7 +120,12 @@ def engine(context: BenchContext) -> Rows:
 
 
 def time_in_turns(
-    sides: Sequence[dict[str, Any]], prompt: Sequence[int], context: BenchContext, *, prefill_repeats: int
+    sides: Sequence[dict[str, Any]],
+    prompt: Sequence[int],
+    context: BenchContext,
+    *,
+    prefill_repeats: int,
+    pairs: int = PAIRS_FOR_A_CLAIM,
 ) -> dict[str, Any]:
     """Time all sides in one child process, a round of each after the other; ``engine_child`` says what comes back."""
     return run_child(
@@ -129,7 +134,7 @@ def time_in_turns(
             "sides": list(sides),
             "prompt": list(prompt),
             "new_tokens": _NEW_TOKENS,
-            "pairs": PAIRS_FOR_A_CLAIM,
+            "pairs": pairs,
             "warmup": 1,
             "threads": context.threads,
             "prefill_tokens": PREFILL_TOKENS,
