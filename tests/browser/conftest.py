@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import runpy
+import secrets
 import signal
 import socket
 import subprocess
+import sys
 import time
 import urllib.error
 import urllib.request
@@ -15,6 +18,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
+import nbformat
 import pytest
 from playwright.sync_api import Browser, ConsoleMessage, Page, expect, sync_playwright
 
@@ -206,3 +210,59 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     if _left_out:
         terminalreporter.section("LEFT OUT: the browser tests did not run", sep="!", red=True, bold=True)
         terminalreporter.line(f"{_left_out[0]} {_chromium['HOW_TO_GET']}")
+
+
+@pytest.fixture
+def open_lab(
+    tmp_path: Path, start_server: Callable[..., Server], free_port: Callable[[], int]
+) -> Callable[[Path, str], str]:
+    """``open_lab(notebook, parameters)``: a JupyterLab with nothing of the user's settings; returns the notebook's URL.
+
+    The cell tagged ``parameters`` holds the given source, and no cell an output: what is seen was made here.
+    """
+
+    def opened(path: Path, parameters: str) -> str:
+        notebook = nbformat.read(path, as_version=4)
+        for cell in notebook.cells:
+            if cell.cell_type == "code":
+                cell.outputs = []
+            if "parameters" in cell.metadata.get("tags", []):
+                cell.source = parameters
+        work = tmp_path / "work"
+        work.mkdir()
+        nbformat.write(notebook, work / path.name)
+        settings = tmp_path / "settings" / "@jupyterlab" / "apputils-extension"
+        settings.mkdir(parents=True)
+        quiet = {"fetchNews": "false", "checkForUpdates": False}
+        (settings / "notification.jupyterlab-settings").write_text(json.dumps(quiet))
+
+        port, token = free_port(), secrets.token_urlsafe(16)
+        base = f"http://127.0.0.1:{port}"
+        start_server(
+            [
+                sys.executable,
+                "-m",
+                "jupyterlab",
+                "--no-browser",
+                "--allow-root",
+                "--ServerApp.ip=127.0.0.1",
+                f"--ServerApp.port={port}",
+                "--ServerApp.port_retries=0",
+                f"--IdentityProvider.token={token}",
+                f"--ServerApp.root_dir={work}",
+            ],
+            f"{base}/api",
+            env={
+                "WORKBENCH_HOME": str(tmp_path / "home"),
+                "JUPYTER_CONFIG_DIR": str(tmp_path / "config"),
+                "JUPYTER_DATA_DIR": str(tmp_path / "data"),
+                "JUPYTER_RUNTIME_DIR": str(tmp_path / "runtime"),
+                "JUPYTERLAB_SETTINGS_DIR": str(tmp_path / "settings"),
+                "JUPYTERLAB_WORKSPACES_DIR": str(tmp_path / "workspaces"),
+                "IPYTHONDIR": str(tmp_path / "ipython"),
+            },
+            timeout=90.0,
+        )
+        return f"{base}/lab/tree/{path.name}?token={token}"
+
+    return opened

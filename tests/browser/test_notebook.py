@@ -5,15 +5,10 @@ The model is a tiny random one saved as safetensors, so that a whole turn takes 
 
 from __future__ import annotations
 
-import json
 import re
-import secrets
-import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-import nbformat
 import pytest
 from playwright.sync_api import Locator, Page, expect
 
@@ -29,58 +24,12 @@ BENIGN: tuple[str, ...] = ()
 
 
 @pytest.fixture
-def lab_url(
-    tmp_path: Path,
-    make_model: Callable[..., LoadedModel],
-    start_server: Callable[..., Any],
-    free_port: Callable[[], int],
-) -> str:
-    """A JupyterLab with the notebook open, on a tiny model, with nothing of the user's settings."""
+def lab_url(tmp_path: Path, make_model: Callable[..., LoadedModel], open_lab: Callable[[Path, str], str]) -> str:
+    """A JupyterLab with the notebook open, on a tiny model."""
     model = make_model()
     model.module.save_pretrained(tmp_path / "tiny-model")
     model.tokenizer.save_pretrained(tmp_path / "tiny-model")
-    notebook = nbformat.read(NOTEBOOK, as_version=4)
-    for cell in notebook.cells:
-        if cell.cell_type == "code":
-            cell.outputs = []  # what is seen below was made here
-        if "parameters" in cell.metadata.get("tags", []):
-            cell.source = f"MODEL = {str(tmp_path / 'tiny-model')!r}\nBUDGET = 4.5"
-    work = tmp_path / "work"
-    work.mkdir()
-    nbformat.write(notebook, work / NOTEBOOK.name)
-    settings = tmp_path / "settings" / "@jupyterlab" / "apputils-extension"
-    settings.mkdir(parents=True)
-    quiet = {"fetchNews": "false", "checkForUpdates": False}
-    (settings / "notification.jupyterlab-settings").write_text(json.dumps(quiet))
-
-    port, token = free_port(), secrets.token_urlsafe(16)
-    base = f"http://127.0.0.1:{port}"
-    start_server(
-        [
-            sys.executable,
-            "-m",
-            "jupyterlab",
-            "--no-browser",
-            "--allow-root",
-            "--ServerApp.ip=127.0.0.1",
-            f"--ServerApp.port={port}",
-            "--ServerApp.port_retries=0",
-            f"--IdentityProvider.token={token}",
-            f"--ServerApp.root_dir={work}",
-        ],
-        f"{base}/api",
-        env={
-            "WORKBENCH_HOME": str(tmp_path / "home"),
-            "JUPYTER_CONFIG_DIR": str(tmp_path / "config"),
-            "JUPYTER_DATA_DIR": str(tmp_path / "data"),
-            "JUPYTER_RUNTIME_DIR": str(tmp_path / "runtime"),
-            "JUPYTERLAB_SETTINGS_DIR": str(tmp_path / "settings"),
-            "JUPYTERLAB_WORKSPACES_DIR": str(tmp_path / "workspaces"),
-            "IPYTHONDIR": str(tmp_path / "ipython"),
-        },
-        timeout=90.0,
-    )
-    return f"{base}/lab/tree/{NOTEBOOK.name}?token={token}"
+    return open_lab(NOTEBOOK, f"MODEL = {str(tmp_path / 'tiny-model')!r}\nBUDGET = 4.5")
 
 
 def part(page: Page, name: str) -> Locator:

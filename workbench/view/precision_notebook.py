@@ -298,8 +298,8 @@ class PrecisionWorkbench(widgets.VBox):  # type: ignore[misc]
         lows = sorted(int(low) for low in table.loc[table["low"] < table["high"], "low"].unique())
         chosen = self._low.value
         self._low.options = [(f"{low} bits", low) for low in lows]
-        if chosen in lows:
-            self._low.value = chosen
+        # A menu that was empty has nothing chosen until something is.
+        self._low.value = chosen if chosen in lows else next(iter(lows), None)
         self._unit.options = [unit.id for unit in state.compressed.architecture.units]
         self._unit.value = self._unit.value or self._unit.options[0]
         self._draw_all()
