@@ -9,13 +9,8 @@ import pandas as pd
 import pytest
 import torch
 
-from workbench.analysis.precision import (
-    PrecisionSteps,
-    autocorrelation,
-    expected_average,
-    thresholds,
-    token_excess,
-)
+from workbench.analysis.precision import PrecisionSteps, autocorrelation, token_excess
+from workbench.analysis.precision_thresholds import expected_average, policy_thresholds, thresholds
 from workbench.analysis.profile import run
 from workbench.analysis.sensitivity import StepSequence
 from workbench.apply.compress import compress
@@ -61,7 +56,8 @@ def test_widths_and_estimates_are_those_of_the_engine(made: CompressedModel, rul
             decided = [step.decisions[consumer.slot] for step in sequence.trace]
             assert rows.bits.tolist() == consumer.bits(np.array(decided)).tolist()
     # The widths follow from comparing estimates with thresholds, the first token aside where the rule favours it.
-    joined = table.merge(cuts, on=["unit", "low", "high"], how="inner")
+    joined = table.merge(cuts, on=["unit", "low", "high"], how="inner", suffixes=("", "_cut"))
+    np.testing.assert_array_equal(joined.threshold, joined.threshold_cut.astype(np.float32))
     later = joined[joined.step > 0]
     near = np.abs(later.estimate / later.threshold - 1) < 1e-3
     exceeded = later.estimate > later.threshold
@@ -91,6 +87,19 @@ def test_errors_are_exact(made: CompressedModel) -> None:
             np.testing.assert_allclose(rows.error, (x @ change.T).norm(dim=1), rtol=1e-4)
             np.testing.assert_allclose(rows.norm, x.norm(dim=1), rtol=1e-5)
     engine.close()
+
+
+@pytest.mark.parametrize("rule", ["gain", "error"])
+def test_policies_hold_the_thresholds_of_the_plan(made: CompressedModel, rule: str) -> None:
+    assert made.selectors is not None
+    cuts = thresholds(made.architecture, made.selectors, 3.3, rule)  # type: ignore[arg-type]
+    policy = policy_thresholds(made.architecture, made.selectors, cuts, rule)  # type: ignore[arg-type]
+    plan = precision_plan(made.architecture, made.selectors, 3.3, rule)  # type: ignore[arg-type]
+    decided = {d.slot: d.program.thresholds for d in plan.deciders if hasattr(d.program, "thresholds")}
+    of_plan = {slot: given for slot, given in decided.items() if given != (0,)}
+    assert policy.keys() >= {slot for slot, given in of_plan.items() if given}
+    for slot, given in policy.items():
+        np.testing.assert_allclose(given, decided[slot], rtol=1e-5)
 
 
 @pytest.mark.parametrize("rule", ["gain", "error"])
@@ -124,6 +133,10 @@ def test_autocorrelation_of_known_series() -> None:
         assert found.correlation["slow", lag] == pytest.approx(0.8**lag, abs=0.08)
         assert abs(found.correlation["noise", lag]) < 0.06
         assert found.n_pairs["slow", lag] == 3999 - lag  # the first token is left out
+    bits = pd.concat(frames).assign(bits=np.tile(np.repeat([3, 4], 20), 200))
+    constant = autocorrelation(bits.assign(bits=3), 3, "bits")
+    assert constant.empty  # what never changes has no correlation
+    assert autocorrelation(bits, 3, "bits", longest=1).correlation.iloc[0] == pytest.approx(0.9, abs=0.01)
     with pytest.raises(InputError, match="4 bits"):
         autocorrelation(pd.concat(frames), 4)
 
@@ -134,6 +147,7 @@ def test_tokens_that_raise_the_width(made: CompressedModel) -> None:
     assert found["count"].sum() == sum(len(s.tokens) for s in SEQUENCES)
     assert (found["excess"].to_numpy() * found["count"].to_numpy()).sum() == pytest.approx(0, abs=1e-6)
     assert found["excess"].is_monotonic_decreasing
+    assert (np.log(found["error"]) * found["count"]).sum() == pytest.approx(0, abs=1e-3)
     plan = precision_plan(made.architecture, made.selectors, 3.0)  # type: ignore[arg-type]
     engine = open_engine(made, engine="reference", plan=plan)
     reader = WidthReader(made.architecture, plan)

@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from workbench.analysis.precision import autocorrelation, policy_thresholds, thresholds, token_excess
+from workbench.analysis.precision import autocorrelation, token_excess
+from workbench.analysis.precision_thresholds import policy_thresholds, thresholds
 from workbench.apply.compress import compress
 from workbench.apply.nested import NestedConfig
 from workbench.apply.precision_config import PrecisionConfig
@@ -22,6 +23,7 @@ from workbench.view import precision_panels
 from workbench.view import precision_plots as plots
 from workbench.view.precision_controller import PrecisionSitting
 from workbench.view.precision_loop import PrecisionSettings
+from workbench.view.precision_token_plots import autocorrelation_lines, token_bars
 
 SETTINGS = PrecisionSettings(
     nested=NestedConfig(widths=(2, 3, 5), group_size=16, fit="rounded"),
@@ -90,11 +92,14 @@ def test_a_moved_threshold_changes_its_share_and_the_average(sitting: PrecisionS
     state = sitting.state
     assert state.cuts is not None
     assert state.expected is not None
-    moved = state.cuts[(state.cuts.unit == unit) & (state.cuts.low == low)].iloc[0]
-    assert moved["share"] > 0.99
+    own = state.cuts[state.cuts.unit == unit].set_index("low")
+    assert own.share[low] == own.share[2]  # as often as the step before it, and no more
+    assert own.share[low] >= cuts.loc[cuts.unit == unit].set_index("low").share[low]
+    moved = own.loc[low]
     assert state.moved == {(unit, int(low))}
-    others = state.cuts.drop(moved.name)
-    assert (others.threshold == cuts.drop(moved.name).threshold).all()
+    assert moved.threshold == 0
+    others = (cuts.unit != unit) | (cuts.low != low)
+    assert (state.cuts[others].threshold == cuts[others].threshold).all()
     sitting.move_threshold(unit, int(low), 1e9)
     assert sitting.state.expected is not None
     assert sitting.state.expected < state.expected
@@ -147,13 +152,61 @@ def test_rules_are_looked_at_apart(sitting: PrecisionSitting) -> None:
     sitting.set_rule("error")
     assert sitting.state.look is None
     sitting.analyse().result()
-    assert sitting.state.look is not None
-    assert sitting.state.look.provenance.parameters["rule"] == "error"
+    state = sitting.state
+    assert state.look is not None
+    assert state.look.provenance.parameters["rule"] == "error"
+    assert state.choices is not None
+    sitting.set_target(4.2)
+    assert sitting.state.choices is None  # other widths are compared there
+    sitting.set_target(3.3)
+
+    # A threshold moved far up leaves the narrower width to its unit alone, in what is expected and in what is read.
     cuts = sitting.state.cuts
     assert cuts is not None
-    sitting.move_threshold(cuts.iloc[0]["unit"], int(cuts.iloc[0]["low"]), 1.0)
-    assert "under the rule gain" in sitting.state.error
-    assert sitting.run().result().table.method.iloc[-1] == "per token"
+    expected = sitting.state.expected
+    assert expected is not None
+    row = cuts[np.isfinite(cuts.threshold)].iloc[0]
+    sitting.move_threshold(row["unit"], int(row["low"]), 1e6)
+    assert sitting.state.expected is not None
+    assert sitting.state.expected < expected
+    own = sitting.run().result()
+    assert own.own
+    assert own.table.method.iloc[-1] == "per token"
+    undecided = cuts[~np.isfinite(cuts.threshold)]
+    if len(undecided):
+        sitting.move_threshold(undecided.iloc[0]["unit"], int(undecided.iloc[0]["low"]), 1.0)
+        assert "decides nothing" in sitting.state.error
+
+
+def test_choices_under_other_thresholds(sitting: PrecisionSitting) -> None:
+    state = sitting.state
+    assert state.look is not None
+    assert state.choices is not None
+    assert state.compressed is not None
+    table = state.look.table
+    read = table.drop_duplicates(["sequence", "step", "unit"])
+    both = state.choices.merge(read, on=["sequence", "step", "unit"], validate="1:1")
+    # Those of the target are what the engine read; norms of a random model lie so close to a threshold that some tie.
+    keys = ["sequence", "step", "unit"]
+    tied = table[np.abs(table.estimate / table.threshold - 1) < 1e-3].set_index(keys).index
+    clear = ~both.set_index(keys).index.isin(tied)
+    assert clear.mean() > 0.3
+    assert (both.bits_x == both.bits_y)[clear].all()
+    sizes = {unit.id: unit.n_weights for unit in state.compressed.architecture.units}
+    mean = np.average(state.choices.bits, weights=state.choices.unit.map(sizes))
+    assert state.seen == pytest.approx(mean)
+    unit = "blocks.1.o"
+    sitting.move_threshold(unit, 2, 1e9)
+    moved = sitting.state.choices
+    assert moved is not None
+    of = moved[moved.unit == unit]
+    assert (of.bits[of.step > 0] == 2).all()
+    assert (of.bits[of.step == 0] == 5).all()
+    rest = moved[moved.unit != unit].reset_index(drop=True)
+    assert rest.equals(state.choices[state.choices.unit != unit].reset_index(drop=True))
+    figure = plots.unit_steps(state.look, unit, 2, None, now=moved)
+    assert figure.data[-1].name == "width by the thresholds now"
+    assert len(plots.unit_steps(state.look, "blocks.0.o", 2, None, now=moved).data) == 3
 
 
 def test_a_compressed_folder_is_opened_as_it_is(
@@ -219,9 +272,12 @@ def test_pictures_over_steps_and_tokens(sitting: PrecisionSitting) -> None:
     assert state.look is not None
     assert state.compressed is not None
     lags = autocorrelation(state.look.table, 2, longest=5)
-    figure = plots.autocorrelation_lines(lags, "blocks.0.o")
+    figure = autocorrelation_lines(lags, "blocks.0.o")
     assert [trace.name for trace in figure.data][-2:] == ["blocks.0.o", "one unit by chance, 95 %"]
     excess = token_excess(state.look.table, state.compressed.architecture)
-    bars = plots.token_bars(excess, lambda ids: "<i>x</i>", top=6)
+    bars = token_bars(excess, lambda ids: "<i>x</i>", top=6)
     assert len(bars.data[0].y) == 6
     assert all("<i>" not in name for name in bars.data[0].y)
+    html = precision_panels.tokens(excess, lambda ids: "<i>x</i>")
+    assert "<i>" not in html
+    assert "&lt;i&gt;x" in html

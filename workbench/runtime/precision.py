@@ -151,6 +151,12 @@ def ladder_plan(architecture: Architecture, allocations: Sequence[Mapping[str, i
     return Plan((decider,), tuple(consumers))
 
 
+def estimated_by_norm(selectors: Selectors, unit: int, step: int) -> bool:
+    """Whether the norm of a unit's input tells the error of a step well enough, so that nothing is projected."""
+    slope, _, fit = selectors.regression[unit, step]
+    return bool(fit >= GOOD_FIT and slope > 0)
+
+
 class WidthReader:
     """Average width of each step under a plan, over the weights of all units.
 
@@ -234,8 +240,8 @@ def _error_program(selectors: Selectors, unit: int, step: int, threshold: float)
     """Level 1 where the estimated error exceeds the threshold."""
     if not np.isfinite(threshold):
         return PositionTable((0,), (float(threshold < 0),))
-    slope, intercept, fit = map(float, selectors.regression[unit, step])
-    if fit >= GOOD_FIT and slope > 0:
+    slope, intercept, _ = map(float, selectors.regression[unit, step])
+    if estimated_by_norm(selectors, unit, step):
         return NormLevels(((threshold - intercept) / slope,))
     if (unit, step) not in selectors.projections:
         raise EngineError(

@@ -17,8 +17,7 @@ from workbench.view import panels, plots
 from workbench.view.controller import Controller, State
 from workbench.view.heatmap import StepGrid, grid_figure, step_grid
 from workbench.view.loop import Settings
-from workbench.view.parts import WIDE, Picture, button, go, html, label, title, widgets
-from workbench.view.style import TEMPLATE
+from workbench.view.parts import WIDE, Live, Picture, button, html, label, title, widgets
 
 _VALUE = "relative_error"
 # Values of the first entries of two menus; None would leave a menu without any entry chosen.
@@ -136,15 +135,13 @@ class SensitivityWorkbench(widgets.VBox):  # type: ignore[misc]
         self._sequence.add_class("wb-sequence")
         self._bits.observe(lambda _: self._draw_look(), "value")
         self._sequence.observe(lambda _: self._draw_look(), "value")
-        self._map = go.FigureWidget(go.Figure(layout={"template": TEMPLATE, "height": 320}))
-        map_box = widgets.VBox([self._map], layout=WIDE)
-        map_box.add_class("wb-heatmap")
+        self._map = Live("wb-heatmap", 320, clicked=self._on_click)
         self._linears = html("wb-linears")
         self._units = html("wb-units")
         self._look_parts = [
             title("Look: relative output error over decoding steps"),
             widgets.HBox([self._bits, self._sequence], layout={"flex_flow": "row wrap"}),
-            map_box,
+            self._map,
             widgets.HBox(
                 [self._linears, self._units], layout={"flex_flow": "row wrap", "justify_content": "flex-start"}
             ),
@@ -210,10 +207,9 @@ class SensitivityWorkbench(widgets.VBox):  # type: ignore[misc]
         if unit is not None and change["new"] != self.controller.state.pinned.get(unit, _SOLVER_DECIDES):
             self.controller.pin(unit, change["new"] or None)
 
-    def _on_click(self, trace: Any, points: Any, _: Any) -> None:
+    def _on_click(self, row: int) -> None:
         architecture = self.controller.state.architecture
-        if self._grid is not None and architecture is not None and points.point_inds:
-            row = points.point_inds[0][0]
+        if self._grid is not None and architecture is not None:
             self._unit.value = architecture.linear(self._grid.linears[row]).unit
 
     def _show_pin(self) -> None:
@@ -269,18 +265,7 @@ class SensitivityWorkbench(widgets.VBox):  # type: ignore[misc]
         bits = self._bits.value
         sequence = None if self._sequence.value == _ALL_SEQUENCES else self._sequence.value
         self._grid = step_grid(seen.steps, bits, sequence, _VALUE)
-        drawn = grid_figure(self._grid, seen.steps, bits, _VALUE)
-        first = not self._map.data
-        with self._map.batch_update():
-            if first:
-                self._map.add_trace(drawn.data[0])
-            else:
-                self._map.data[0].update(drawn.data[0].to_plotly_json(), overwrite=True)
-            self._map.layout = drawn.update_layout(autosize=False).layout
-        # The widget is drawn before it is in the page; only this change, alone, makes plotly measure its cell.
-        self._map.layout.autosize = True
-        if first:
-            self._map.data[0].on_click(self._on_click)
+        self._map.show(grid_figure(self._grid, seen.steps, bits, _VALUE))
         self._linears.value = panels.ranking(
             rank_linears(seen.steps, bits),
             {"linear": "linear", "mean": "mean error", "p95": "p95", "max": "max", "worst_step": "worst step"},

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from typing import Any
 
 from workbench.errors import EngineError
 from workbench.view import panels
+from workbench.view.style import TEMPLATE
 
 try:
     import ipywidgets as widgets
@@ -17,7 +19,7 @@ except ImportError as error:
         f"The notebook's widgets need {error.name}: install them with pip install 'compression-workbench[lab]'."
     ) from error
 
-__all__ = ["WIDE", "Picture", "button", "go", "html", "label", "title", "widgets"]
+__all__ = ["WIDE", "Live", "Picture", "button", "go", "html", "label", "title", "widgets"]
 
 WIDE = {"width": "100%"}
 
@@ -39,6 +41,61 @@ class Picture(widgets.Output):  # type: ignore[misc]
                 "metadata": {},
             },
         )
+
+    def clear(self) -> None:
+        self.outputs = ()  # type: ignore[assignment]  # mypy takes the tuple in ``show`` for the trait's type
+
+
+class Live(widgets.VBox):  # type: ignore[misc]
+    """A plotly figure that listens: to clicks on its first trace, and to a shape that is dragged.
+
+    Each of these sends plotly's source once more, so what does not listen is a ``Picture``.
+
+    Args:
+        name: CSS class.
+        height: px, while there is nothing to show.
+        clicked: called with the row of the cell that was clicked.
+        dragged: called with the new abscissa of the first shape's first end.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        height: int,
+        *,
+        clicked: Callable[[int], None] | None = None,
+        dragged: Callable[[float], None] | None = None,
+    ) -> None:
+        self._clicked, self._dragged = clicked, dragged
+        self.figure = go.FigureWidget(go.Figure(layout={"template": TEMPLATE, "height": height}))
+        super().__init__([self.figure], layout=WIDE)
+        self.add_class(name)
+
+    def show(self, drawn: go.Figure) -> None:
+        """Bring the widget to another figure: traces in place where there are as many, so that listeners stay."""
+        figure = self.figure
+        with figure.batch_update():
+            if len(figure.data) != len(drawn.data):
+                figure.data = []
+                figure.add_traces(list(drawn.data))
+                if self._clicked is not None:
+                    figure.data[0].on_click(self._on_click)
+            else:
+                for present, new in zip(figure.data, drawn.data, strict=True):
+                    present.update(new.to_plotly_json(), overwrite=True)
+            figure.layout = drawn.update_layout(autosize=False).layout
+        # The widget is drawn before it is in the page; only this change, alone, makes plotly measure its cell.
+        figure.layout.autosize = True
+        if self._dragged is not None:  # a new layout has none of the old one's listeners
+            figure.layout.on_change(self._on_shapes, "shapes")
+
+    def _on_click(self, _: Any, points: Any, __: Any) -> None:
+        if points.point_inds and self._clicked is not None:
+            self._clicked(int(points.point_inds[0][0]))
+
+    def _on_shapes(self, _: Any, shapes: Any) -> None:
+        if shapes and self._dragged is not None:
+            self._dragged(float(shapes[0].x0))
 
 
 def button(text: str, name: str, tooltip: str, icon: str, style: str = "") -> Any:

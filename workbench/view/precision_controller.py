@@ -5,15 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from workbench.analysis.precision import (
+from workbench.analysis.precision import require_selectors
+from workbench.analysis.precision_thresholds import (
+    average_bits,
+    chosen_widths,
     expected_average,
     policy_thresholds,
-    require_selectors,
     thresholds,
     with_threshold,
 )
@@ -38,7 +41,7 @@ class PrecisionState(SittingState):
         compressed: the model, once it was made or read.
         possible: lowest and highest target; None before.
         look: profile of ``PrecisionSteps``, once analysed.
-        cuts: table of ``analysis.precision.thresholds`` for the target, with those moved by hand.
+        cuts: table of ``analysis.precision_thresholds.thresholds`` for the target, with those moved by hand.
         expected: average bits on calibration text under ``cuts``.
         moved: units and narrower widths whose threshold was moved by hand.
         trial: the last run's result; it stays while another target is chosen, and says which it was for.
@@ -53,6 +56,26 @@ class PrecisionState(SittingState):
     expected: float | None = None
     moved: frozenset[tuple[str, int]] = frozenset()
     trial: TargetTrial | None = None
+
+    @cached_property
+    def choices(self) -> pd.DataFrame | None:
+        """What the thresholds as they are would choose at the steps that were looked at, inputs as they were seen.
+
+        Columns of ``analysis.precision_thresholds.chosen_widths``. None before there are both, and where other widths
+        were looked at: under the rule ``error`` another target compares others.
+        """
+        if self.look is None or self.cuts is None:
+            return None
+        if self.rule == "error" and self.look.provenance.parameters["target"] != self.target:
+            return None
+        return chosen_widths(self.look.table, self.cuts, self.rule)
+
+    @property
+    def seen(self) -> float | None:
+        """Average bits of ``choices`` over all their tokens and weights."""
+        if self.choices is None or self.compressed is None:
+            return None
+        return float(average_bits(self.choices, self.compressed.architecture).mean())
 
 
 class PrecisionSitting(Sitting[PrecisionState]):
@@ -90,21 +113,16 @@ class PrecisionSitting(Sitting[PrecisionState]):
 
     def move_threshold(self, unit: str, low: int, threshold: float) -> None:
         """Move the threshold of one step of one unit. An impossible one becomes ``state.error``."""
-        compressed, cuts = self._state.compressed, self._state.cuts
-        if compressed is None or cuts is None:
+        state = self._state
+        if state.compressed is None or state.cuts is None:
             return
-        selectors = require_selectors(compressed)
+        arch, selectors = state.compressed.architecture, require_selectors(state.compressed)
         try:
-            if self._state.rule != "gain":
-                raise InputError(
-                    "Thresholds can be moved under the rule gain; under error they follow from the target."
-                )
-            moved = with_threshold(compressed.architecture, selectors, cuts, unit, low, threshold)
+            cuts = with_threshold(arch, selectors, state.cuts, unit, low, threshold, state.rule)
         except WorkbenchError as error:
             self._change(error=str(error))
             return
-        expected = expected_average(compressed.architecture, selectors, moved)
-        self._change(cuts=moved, expected=expected, moved=self._state.moved | {(unit, low)}, error="")
+        self._change(**self._follows(cuts, state.moved | {(unit, low)}))
 
     def reset_thresholds(self) -> None:
         """Back to the thresholds of the target."""
@@ -115,13 +133,18 @@ class PrecisionSitting(Sitting[PrecisionState]):
         compressed = self._state.compressed
         if compressed is None:
             return {"error": ""}
-        selectors = require_selectors(compressed)
         try:
-            cuts = thresholds(compressed.architecture, selectors, target, rule)
+            cuts = thresholds(compressed.architecture, require_selectors(compressed), target, rule)
         except WorkbenchError as error:
             return {"cuts": None, "expected": None, "moved": frozenset(), "error": str(error)}
-        expected = expected_average(compressed.architecture, selectors, cuts)
-        return {"cuts": cuts, "expected": expected, "moved": frozenset(), "error": ""}
+        return self._follows(cuts, frozenset())
+
+    def _follows(self, cuts: pd.DataFrame, moved: frozenset[tuple[str, int]]) -> dict[str, Any]:
+        """The parts of the state that follow from thresholds."""
+        compressed = self._state.compressed
+        assert compressed is not None
+        expected = expected_average(compressed.architecture, require_selectors(compressed), cuts)
+        return {"cuts": cuts, "moved": moved, "expected": expected, "error": ""}
 
     # Actions: long, in the worker ----------------------------------------------------------------------------------
 
@@ -167,14 +190,15 @@ class PrecisionSitting(Sitting[PrecisionState]):
         seen = precision_loop.look_at_choices(
             compressed, state.target, state.rule, self.settings, self._store, self._job
         )
-        self._change(look=seen)
+        if self._state.rule == state.rule:  # another may have been chosen meanwhile, and what was seen is not its own
+            self._change(look=seen)
         return seen
 
     def _run(self, state: PrecisionState) -> TargetTrial:
         dense, compressed = self._opened()
         own = None
         if state.moved and state.cuts is not None:
-            own = policy_thresholds(compressed.architecture, require_selectors(compressed), state.cuts)
+            own = policy_thresholds(compressed.architecture, require_selectors(compressed), state.cuts, state.rule)
         trial = precision_loop.try_target(
             dense, compressed, state.target, state.rule, own, self.settings, self._store, self._job
         )

@@ -1,29 +1,23 @@
-"""Widths chosen per token as ipywidgets, for JupyterLab: one skin over a ``PrecisionSitting``.
-
-The heat map and the distribution are ``FigureWidget``s, because they listen: to clicks on a unit, and to a threshold
-that is dragged. The other pictures are plain figures.
-"""
+"""Widths chosen per token as ipywidgets, for JupyterLab: one skin over a ``PrecisionSitting``."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from workbench.analysis.precision import autocorrelation, require_selectors, token_excess
+from workbench.analysis.precision import autocorrelation, token_excess
 from workbench.runtime.precision import Rule
 from workbench.store import Store
 from workbench.view import panels, precision_panels
 from workbench.view import precision_plots as plots
 from workbench.view.heatmap import StepGrid
-from workbench.view.parts import WIDE, Picture, button, go, html, label, title, widgets
+from workbench.view.parts import WIDE, Live, Picture, button, html, label, title, widgets
 from workbench.view.precision_controller import PrecisionSitting, PrecisionState
 from workbench.view.precision_loop import PrecisionSettings
-from workbench.view.style import TEMPLATE
+from workbench.view.precision_token_plots import VALUES_OVER_STEPS, autocorrelation_lines, token_bars
+from workbench.view.precision_unit import UnitPart
 
-_ALL_SEQUENCES = -1
-_SLIDER_STEPS = 400
+_ALL_SEQUENCES = -1  # None would leave the menu without any entry chosen
 
 
 class PrecisionWorkbench(widgets.VBox):  # type: ignore[misc]
@@ -53,9 +47,10 @@ class PrecisionWorkbench(widgets.VBox):  # type: ignore[misc]
     ) -> None:
         self.sitting = PrecisionSitting(model, target=target, rule=rule, settings=settings, store=store)
         self._shown = PrecisionState(model="", target=0.0)
+        self._grid: StepGrid | None = None
+        self._unit = UnitPart(self.sitting)
         self._make_bar()
         self._make_look()
-        self._make_unit()
         self._make_tokens()
         self._make_results()
         super().__init__(
@@ -63,7 +58,7 @@ class PrecisionWorkbench(widgets.VBox):  # type: ignore[misc]
                 widgets.HTML(panels.STYLE + panels.heading(str(model), "Widths chosen per token in")),
                 *self._bar_parts,
                 *self._look_parts,
-                *self._unit_parts,
+                self._unit,
                 *self._token_parts,
                 *self._result_parts,
             ],
@@ -130,16 +125,15 @@ class PrecisionWorkbench(widgets.VBox):  # type: ignore[misc]
         ]
 
     def _make_look(self) -> None:
-        self._value = widgets.ToggleButtons(
+        self._value = widgets.Dropdown(
             options=[(name, key) for key, name in plots.SHOWN.items()],
-            value="width",
             description="Map of",
-            tooltip="What the heat map shows",
-            style={"button_width": "auto", "description_width": "initial"},
+            tooltip="What the cells show",
+            layout={"width": "280px"},
         )
         self._value.add_class("wb-value")
         self._low = widgets.Dropdown(
-            options=[], description="Step from", tooltip="The narrower of two widths", layout={"width": "190px"}
+            options=[], description="Step from", tooltip="Narrower width of the step", layout={"width": "190px"}
         )
         self._low.add_class("wb-low")
         self._sequence = widgets.Dropdown(
@@ -151,60 +145,33 @@ class PrecisionWorkbench(widgets.VBox):  # type: ignore[misc]
         self._sequence.add_class("wb-sequence")
         for control in (self._value, self._sequence):
             control.observe(lambda _: self._draw_map(), "value")
-        self._low.observe(lambda _: self._draw_all(), "value")
-        self._map = go.FigureWidget(go.Figure(layout={"template": TEMPLATE, "height": 320}))
-        box = widgets.VBox([self._map], layout=WIDE)
-        box.add_class("wb-heatmap")
+        self._low.observe(lambda _: self._draw_step(), "value")
+        self._map = Live("wb-heatmap", 320, clicked=self._on_click)
         self._look_parts = [
             title("Look: what decides, and what is chosen, at every step"),
             widgets.HBox([self._value, self._low, self._sequence], layout={"flex_flow": "row wrap"}),
-            box,
+            self._map,
         ]
-
-    def _make_unit(self) -> None:
-        self._unit = widgets.Dropdown(
-            options=[], description="Unit", tooltip="Or click a row of the heat map", layout={"width": "260px"}
-        )
-        self._unit.add_class("wb-unit")
-        self._threshold = widgets.FloatLogSlider(
-            1.0,
-            base=10,
-            min=-3,
-            max=3,
-            step=0.01,
-            continuous_update=False,
-            disabled=True,
-            description="Threshold",
-            tooltip="Or drag the dashed line of the distribution",
-            readout_format=".4g",
-            layout={"width": "420px"},
-        )
-        self._threshold.add_class("wb-threshold")
-        self._reset = button("Reset thresholds", "wb-reset", "Back to the thresholds of the target", "undo")
-        self._share = html("wb-share")
-        self._unit.observe(lambda _: self._draw_unit(), "value")
-        self._threshold.observe(self._on_threshold, "value")
-        self._reset.on_click(lambda _: self.sitting.reset_thresholds())
-        self._steps = Picture("wb-steps")
-        self._distribution = go.FigureWidget(go.Figure(layout={"template": TEMPLATE, "height": 330}))
-        self._distribution.layout.on_change(self._on_drag, "shapes")
-        box = widgets.VBox([self._distribution], layout=WIDE)
-        box.add_class("wb-distribution")
-        self._unit_parts = [
-            title("One unit: its error, its threshold, its share of wide reads"),
-            widgets.HBox([self._unit, self._threshold, self._reset], layout={"flex_flow": "row wrap"}),
-            self._share,
-            self._steps,
-            box,
-        ]
+        self._unit.menu.observe(lambda _: self._draw_unit(), "value")
 
     def _make_tokens(self) -> None:
-        self._autocorrelation = Picture("wb-autocorrelation")
+        self._over = widgets.Dropdown(
+            options=[(name, key) for key, name in VALUES_OVER_STEPS.items()],
+            description="Over steps",
+            tooltip="What the autocorrelation is of",
+            layout={"width": "260px"},
+        )
+        self._over.add_class("wb-over")
+        self._over.observe(lambda _: self._draw_lags(), "value")
+        self._lags = Picture("wb-autocorrelation")
         self._tokens = Picture("wb-tokens")
+        self._token_table = html("wb-token-table")
         self._token_parts = [
             title("Over steps and tokens"),
-            self._autocorrelation,
+            self._over,
+            self._lags,
             self._tokens,
+            self._token_table,
         ]
 
     def _make_results(self) -> None:
@@ -225,41 +192,11 @@ class PrecisionWorkbench(widgets.VBox):  # type: ignore[misc]
         if change["new"] != self.sitting.state.rule:
             self.sitting.set_rule(change["new"])
 
-    def _on_threshold(self, change: dict[str, Any]) -> None:
-        present = self._present_threshold()
-        if present is not None and abs(np.log10(change["new"] / present)) > self._threshold.step:
-            self.sitting.move_threshold(self._unit.value, self._low.value, float(change["new"]))
-
-    def _on_drag(self, layout: Any, shapes: Any) -> None:
-        present = self._present_threshold()
-        if not shapes or present is None:
-            return
-        # One end is enough: a line that was tilted stands where its lower end is.
-        dragged = float(shapes[0].x0)
-        if dragged > 0 and abs(np.log10(dragged / present)) > 1e-6:
-            self.sitting.move_threshold(self._unit.value, self._low.value, dragged)
-
-    def _on_click(self, trace: Any, points: Any, _: Any) -> None:
-        if points.point_inds and self._grid is not None:
-            self._unit.value = self._grid.linears[points.point_inds[0][0]]
-
-    def _row(self) -> Any:
-        """The present unit's row of the thresholds, or None."""
-        cuts = self.sitting.state.cuts
-        if cuts is None:
-            return None
-        rows = cuts[(cuts["unit"] == self._unit.value) & (cuts["low"] == self._low.value)]
-        return rows.iloc[0] if len(rows) else None
-
-    def _present_threshold(self) -> float | None:
-        row = self._row()
-        if row is None or not np.isfinite(row["threshold"]) or row["threshold"] <= 0:
-            return None
-        return float(row["threshold"])
+    def _on_click(self, row: int) -> None:
+        if self._grid is not None:
+            self._unit.menu.value = self._grid.linears[row]
 
     # Showing the state ---------------------------------------------------------------------------------------------
-
-    _grid: StepGrid | None = None
 
     def _show(self, state: PrecisionState) -> None:
         """Bring the widgets to a state, touching only what differs from the one shown before."""
@@ -273,23 +210,25 @@ class PrecisionWorkbench(widgets.VBox):  # type: ignore[misc]
         self._remaining.value = panels.progress(state.progress)
         self._status.value = panels.status(state)
         if state.possible != before.possible and state.possible is not None:
-            self._target.max = max(state.possible[1], self._target.min)
-            self._target.min = state.possible[0]
-            self._target.disabled = False
+            # All at once: a range alone would cut off the value, which would seem to be chosen by hand.
+            with self._target.hold_sync(), self._target.hold_trait_notifications():
+                self._target.min, self._target.max = state.possible
+                self._target.value, self._target.disabled = state.target, False
         if state.target != before.target:
             self._target.value = state.target
         if state.rule != before.rule:
             self._rule.value = state.rule
         if state.look is not before.look:
             self._show_look(state)
-        if state.cuts is not before.cuts:
+        if state.cuts is not before.cuts or state.look is not before.look:
             self._expected.value = precision_panels.expected(state)
-            self._draw_unit()
+            self._unit.show(state)
         if state.trial is not before.trial and state.trial is not None:
             self._measured.value = precision_panels.measured(state.trial)
             self._texts.value = panels.side_by_side(state.trial.generations, "widths per token")
 
     def _show_look(self, state: PrecisionState) -> None:
+        """Menus and pictures of what was looked at, but for those of the unit."""
         if state.look is None or state.compressed is None:
             return
         table = state.look.table
@@ -298,82 +237,42 @@ class PrecisionWorkbench(widgets.VBox):  # type: ignore[misc]
         lows = sorted(int(low) for low in table.loc[table["low"] < table["high"], "low"].unique())
         chosen = self._low.value
         self._low.options = [(f"{low} bits", low) for low in lows]
-        # A menu that was empty has nothing chosen until something is.
-        self._low.value = chosen if chosen in lows else next(iter(lows), None)
-        self._unit.options = [unit.id for unit in state.compressed.architecture.units]
-        self._unit.value = self._unit.value or self._unit.options[0]
-        self._draw_all()
+        self._low.value = chosen if chosen in lows else lows[0] if lows else None
+        self._unit.low = self._low.value
+        units = [unit.id for unit in state.compressed.architecture.units]
+        if list(self._unit.menu.options) != units:
+            self._unit.menu.options = units
+        self._draw_map()
+        self._draw_lags()
+        excess = token_excess(table[table["step"] > 0], state.compressed.architecture)
+        if len(excess):
+            self._tokens.show(token_bars(excess, self.sitting.decode))
+            self._token_table.value = precision_panels.tokens(excess, self.sitting.decode)
 
-    def _draw_all(self) -> None:
+    def _draw_step(self) -> None:
+        """Everything that shows one step between widths."""
+        self._unit.low = self._low.value
         self._draw_map()
         self._draw_unit()
-        seen, low = self.sitting.state.look, self._low.value
-        if seen is None or low is None:
-            return
-        self._lags = autocorrelation(seen.table, low)
+
+    def _draw_unit(self) -> None:
+        self._unit.show(self.sitting.state)
         self._draw_lags()
-        compressed = self.sitting.state.compressed
-        if compressed is not None:
-            excess = token_excess(seen.table[seen.table["step"] > 0], compressed.architecture)
-            self._tokens.show(plots.token_bars(excess, self.sitting.decode))
 
     def _draw_map(self) -> None:
         seen, low = self.sitting.state.look, self._low.value
         if seen is None or low is None:
             return
         sequence = None if self._sequence.value == _ALL_SEQUENCES else self._sequence.value
-        value = self._value.value
-        self._grid = plots.choice_grid(seen, low, value, sequence)
-        drawn = plots.choice_heatmap(self._grid, seen, low, value)
-        first = not self._map.data
-        _redraw(self._map, drawn)
-        if first:
-            self._map.data[0].on_click(self._on_click)
-
-    def _draw_unit(self) -> None:
-        """Steps, distribution and share of the present unit."""
-        state = self.sitting.state
-        seen, low, unit = state.look, self._low.value, self._unit.value
-        if seen is None or low is None or unit is None or state.compressed is None:
-            return
-        table = seen.table
-        row, threshold = self._row(), self._present_threshold()
-        decided = bool(((table["unit"] == unit) & (table["low"] == low) & (table["low"] < table["high"])).any())
-        self._share.value = precision_panels.share(state, unit, low, row, decided)
-        self._threshold.disabled = threshold is None or state.rule != "gain"
-        if not decided:
-            return
-        if threshold is not None:
-            middle = float(np.log10(threshold))
-            low_end, high_end = middle - 1.0, middle + 1.0
-            if not self._threshold.min <= middle <= self._threshold.max or self._unit_shown != (unit, low):
-                self._threshold.min, self._threshold.max = min(low_end, self._threshold.min), high_end
-                self._threshold.min = low_end
-            self._threshold.value = threshold
-        self._unit_shown = (unit, low)
-        self._steps.show(plots.unit_steps(seen, unit, low, threshold))
-        index = [one.id for one in state.compressed.architecture.units].index(unit)
-        selectors = require_selectors(state.compressed)
-        _redraw(self._distribution, plots.error_distribution(seen, selectors, index, unit, low, threshold))
-        self._draw_lags()
-
-    _unit_shown: tuple[str, int] | None = None
-    _lags: Any = None
+        self._grid = plots.choice_grid(seen, low, self._value.value, sequence)
+        self._map.show(plots.choice_heatmap(self._grid, seen, low, self._value.value))
 
     def _draw_lags(self) -> None:
-        if self._lags is not None and len(self._lags):
-            self._autocorrelation.show(plots.autocorrelation_lines(self._lags, self._unit.value))
-
-
-def _redraw(widget: Any, drawn: go.Figure) -> None:
-    """Bring a figure widget to another figure, traces in place so that listeners stay."""
-    with widget.batch_update():
-        if len(widget.data) != len(drawn.data):
-            widget.data = []
-            widget.add_traces(list(drawn.data))
+        seen, low, column = self.sitting.state.look, self._low.value, self._over.value
+        if seen is None or low is None:
+            return
+        lags = autocorrelation(seen.table, low, column)
+        if len(lags):
+            self._lags.show(autocorrelation_lines(lags, self._unit.menu.value, column))
         else:
-            for present, new in zip(widget.data, drawn.data, strict=True):
-                present.update(new.to_plotly_json(), overwrite=True)
-        widget.layout = drawn.update_layout(autosize=False).layout
-    # The widget is drawn before it is in the page; only this change, alone, makes plotly measure its cell.
-    widget.layout.autosize = True
+            self._lags.clear()

@@ -3,43 +3,76 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from html import escape
 from typing import Any
 
-from workbench.view.panels import panel
+import pandas as pd
+
+from workbench.view.panels import panel, ranking
 from workbench.view.precision_controller import PrecisionState
 from workbench.view.precision_loop import TargetTrial
+from workbench.view.precision_token_plots import token_names
+
+_MANY_TOKENS = 40
 
 
 def expected(state: PrecisionState) -> str:
-    """What the thresholds give on calibration text, and what is possible."""
+    """What the thresholds give on calibration text and on the replies that were looked at, and what is possible."""
     parts = []
     if state.expected is not None and state.cuts is not None:
         parts.append(
             f"<b>{state.expected:.3f}</b> bits expected on calibration text for the {state.target:.2f} asked, by "
             f"{len(state.cuts)} thresholds"
         )
+        if state.seen is not None:
+            parts.append(f"<b>{state.seen:.3f}</b> on the replies below, their inputs as they were seen")
         if state.moved:
             parts.append(f"{len(state.moved)} moved by you")
         if state.rule == "error":
             parts.append("quantiles of exact errors; estimates and other text realise another average")
     if state.possible is not None:
         parts.append(f"possible: {state.possible[0]:g} to {state.possible[1]:.4g}")
-    return panel(" · ".join(parts))
+    said = " · ".join(parts)
+    if state.look is not None and state.look.provenance.parameters["target"] != state.target:
+        at = state.look.provenance.parameters["target"]
+        said += f'<div class="wb-note">The map shows what was read at {at:g} bits; Analyse looks again.</div>'
+    return panel(said)
 
 
 def share(state: PrecisionState, unit: str, low: int, row: Any, decided: bool) -> str:
     """The share of tokens that read wider, expected and seen."""
-    if row is None or not decided or state.look is None:
+    if row is None or not decided or state.look is None or not math.isfinite(row["threshold"]):
         return panel(f'<span class="wb-note">{escape(unit)} decides nothing from {low} bits on at this target.</span>')
-    table = state.look.table
-    seen = table[(table["unit"] == unit) & (table["low"] == low) & (table["step"] > 0)]
-    above = float((seen["estimate"] > row["threshold"]).mean())
     mark = ", moved by you" if (unit, low) in state.moved else ""
-    return panel(
+    said = (
         f"Threshold <b>{row['threshold']:.4g}</b>{mark}: <b>{100 * row['share']:.1f} %</b> of calibration "
-        f"tokens read more than {low} bits; of the {len(seen)} tokens of these replies <b>{100 * above:.1f} %</b>"
+        f"tokens read more than {low} bits"
     )
+    if state.choices is not None:
+        own = state.choices[(state.choices["unit"] == unit) & (state.choices["step"] > 0)]
+        wider = 100 * float((own["bits"] > low).mean())
+        said += f"; of the {len(own)} tokens of these replies, first ones aside, <b>{wider:.1f} %</b>"
+    return panel(said)
+
+
+def tokens(table: pd.DataFrame, decode: Callable[[Sequence[int]], str]) -> str:
+    """The tokens that raise the width most, as a table.
+
+    Args:
+        table: of ``analysis.precision.token_excess``.
+        decode: ids to text.
+    """
+    shown = table.head(_MANY_TOKENS)
+    named = shown.assign(text=token_names(shown["token"], decode))
+    heads = {
+        "text": "token (id)",
+        "count": "seen",
+        "bits": "bits read",
+        "excess": "beyond average",
+        "error": "error over the units' mean",
+    }
+    return ranking(named, heads, f"Tokens that raise the width most, of {len(table)} different ones", _MANY_TOKENS)
 
 
 def measured(trial: TargetTrial | None) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -10,16 +9,15 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from workbench.analysis.precision import error_scale
+from workbench.analysis.precision_thresholds import error_scale
 from workbench.analysis.profile import Profile
 from workbench.errors import InputError
 from workbench.formats.selectors import Selectors, quantile_levels
 from workbench.runtime.precision import Rule
 from workbench.view.heatmap import StepGrid, grid_figure, require_columns, step_grid
-from workbench.view.style import BLUE, GREEN, GREY, ORANGE, TEMPLATE, UNIT_COLORS, VERMILLION, escape, join
+from workbench.view.style import BLUE, GREEN, GREY, ORANGE, TEMPLATE, VERMILLION, escape, join
 
 SHOWN = {"width": "width read", "estimate": "estimated error", "error": "exact error", "ratio": "estimated over exact"}
-_MANY_TOKENS = 20
 
 
 def choice_grid(profile: Profile, low: int, value: str, sequence: int | None = None) -> StepGrid:
@@ -53,7 +51,12 @@ def choice_heatmap(grid: StepGrid, profile: Profile, low: int, value: str) -> go
 
 
 def unit_steps(
-    profile: Profile, unit: str, low: int, threshold: float | None, sequence: int | None = None
+    profile: Profile,
+    unit: str,
+    low: int,
+    threshold: float | None,
+    sequence: int | None = None,
+    now: pd.DataFrame | None = None,
 ) -> go.Figure:
     """Estimated and exact error of one unit over steps, the threshold, and below them the width that was read.
 
@@ -63,6 +66,7 @@ def unit_steps(
         low: narrower width of the step that is shown.
         threshold: on the scale of the estimate; None where there is none.
         sequence: one, or None for all, one after the other.
+        now: of ``chosen_widths``, what other thresholds than those of the profile would read; drawn where it differs.
     """
     rows = _rows(profile.table, unit, low, sequence)
     x = np.arange(len(rows))
@@ -102,6 +106,24 @@ def unit_steps(
         row=2,
         col=1,
     )
+    if now is not None:
+        chosen = rows[["sequence", "step"]].merge(now[now["unit"] == unit], on=["sequence", "step"], how="left")["bits"]
+        if (chosen.to_numpy() != rows["bits"].to_numpy()).any():
+            figure.add_trace(
+                go.Scatter(
+                    x=x,
+                    y=chosen,
+                    mode="lines",
+                    line={"shape": "hvh", "color": "black", "dash": "dot", "width": 1.5},
+                    name="width by the thresholds now",
+                    customdata=names,
+                    hovertemplate="%{customdata}<br>now %{y} bits<extra></extra>",
+                ),
+                row=2,
+                col=1,
+            )
+    for end in np.flatnonzero(np.diff(rows["sequence"].to_numpy())):
+        figure.add_vline(end + 0.5, line={"color": GREY, "width": 1})
     if threshold is not None and np.isfinite(threshold) and threshold > 0:
         figure.add_hline(threshold, line={"color": GREY, "dash": "dash"}, row=1, col=1)
         figure.add_annotation(
@@ -211,119 +233,6 @@ def calibrated_estimates(selectors: Selectors, unit: int, step: int, rule: Rule)
     if rule == "gain":
         return selectors.norms[unit].astype(np.float64) * error_scale(selectors, unit, step)
     return selectors.errors[unit, step].astype(np.float64)
-
-
-def autocorrelation_lines(table: pd.DataFrame, unit: str | None = None) -> go.Figure:
-    """Autocorrelation by lag: the mean over units of each kind, one unit beside them, and what chance alone gives.
-
-    Args:
-        table: of ``analysis.precision.autocorrelation``.
-        unit: to draw too.
-    """
-    if table.empty:
-        raise InputError("The sequences are too short for any lag.")
-    shown = table.assign(kind=[str(name).rsplit(".", 1)[-1] for name in table["unit"]])
-    figure = go.Figure()
-    for kind, rows in shown.groupby("kind", sort=False):
-        mean = rows.groupby("lag")["correlation"].mean()
-        figure.add_trace(
-            go.Scatter(
-                x=mean.index,
-                y=mean,
-                mode="lines+markers",
-                name=f"{escape(kind)}, mean of {rows['unit'].nunique()}",
-                line={"color": UNIT_COLORS.get(str(kind), GREY)},
-                hovertemplate=escape(kind) + "<br>lag %{x}: %{y:.2f}<extra></extra>",
-            )
-        )
-    one = shown[shown["unit"] == unit]
-    if len(one):
-        figure.add_trace(
-            go.Scatter(
-                x=one["lag"],
-                y=one["correlation"],
-                mode="lines",
-                name=escape(unit),
-                line={"color": "black", "dash": "dash"},
-                hovertemplate=escape(unit) + "<br>lag %{x}: %{y:.2f}<extra></extra>",
-            )
-        )
-    pairs = shown.groupby("lag")["n_pairs"].first()
-    chance = 1.96 / np.sqrt(pairs.to_numpy(np.float64))
-    lags = pairs.index.to_numpy()
-    figure.add_trace(
-        go.Scatter(
-            x=np.concatenate([lags, lags[::-1]]),
-            y=np.concatenate([chance, -chance[::-1]]),
-            fill="toself",
-            fillcolor="rgba(102,102,102,0.15)",
-            line={"width": 0},
-            hoverinfo="skip",
-            name="one unit by chance, 95 %",
-        )
-    )
-    figure.update_layout(
-        template=TEMPLATE,
-        title={
-            "text": "Does one token tell of the next? Autocorrelation of the estimate",
-            "subtitle": {
-                "text": join([f"{int(pairs.iloc[0])} pairs of steps at lag 1", "logarithms", "first tokens left out"])
-            },
-        },
-        height=340,
-        xaxis={"title": "lag (steps)"},
-        yaxis={"title": "correlation"},
-        legend={"y": -0.28},
-    )
-    return figure
-
-
-def token_bars(table: pd.DataFrame, decode: Callable[[Sequence[int]], str], top: int = _MANY_TOKENS) -> go.Figure:
-    """Tokens that raise the width most, and those that lower it most.
-
-    Args:
-        table: of ``analysis.precision.token_excess``.
-        decode: ids to text.
-        top: how many bars.
-    """
-    if table.empty:
-        raise InputError("No token was seen often enough.")
-    half = top // 2
-    drawn = table if len(table) <= top else pd.concat([table.head(top - half), table.tail(half)])
-    drawn = drawn.iloc[::-1]
-    # The id keeps tokens apart that read alike.
-    names = [f"{escape(repr(decode([int(token)])))} ({int(token)})" for token in drawn["token"]]
-    figure = go.Figure(
-        go.Bar(
-            x=drawn["excess"],
-            y=names,
-            orientation="h",
-            marker={"color": [VERMILLION if value > 0 else BLUE for value in drawn["excess"]]},
-            customdata=np.stack([drawn["count"], drawn["bits"]], axis=1),
-            hovertemplate="<b>%{y}</b><br>%{x:+.3f} bits, %{customdata[1]:.3f} read"
-            "<br>seen %{customdata[0]} times<extra></extra>",
-        )
-    )
-    figure.update_layout(
-        template=TEMPLATE,
-        title={
-            "text": "Tokens that raise and lower the width",
-            "subtitle": {
-                "text": join(
-                    [
-                        f"{len(drawn)} of {len(table)} different tokens",
-                        f"{int(table['count'].sum())} seen",
-                        "the first token of a text always reads the widest",
-                    ]
-                )
-            },
-        },
-        height=150 + 19 * len(drawn),
-        xaxis={"title": "bits beyond the average"},
-        yaxis={"showgrid": False},
-        bargap=0.25,
-    )
-    return figure
 
 
 def _rows(table: pd.DataFrame, unit: str, low: int, sequence: int | None) -> pd.DataFrame:
