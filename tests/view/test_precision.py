@@ -259,7 +259,6 @@ def test_pictures_of_a_unit(sitting: PrecisionSitting) -> None:
     index = [one.id for one in state.compressed.architecture.units].index(unit)
     drawn = plots.error_distribution(state.look, state.compressed.selectors, index, unit, 2, 1.5)
     assert drawn.layout.shapes[0].x0 == 1.5
-    assert drawn.layout.shapes[0].editable
     shares = np.array(drawn.data[0].y)
     assert (np.diff(shares) < 0).all()
     assert f"{(rows.step > 0).sum()} tokens seen" in drawn.layout.title.subtitle.text

@@ -68,6 +68,12 @@ class Live(widgets.VBox):  # type: ignore[misc]
     ) -> None:
         self._clicked, self._dragged = clicked, dragged
         self.figure = go.FigureWidget(go.Figure(layout={"template": TEMPLATE, "height": height}))
+        config: dict[str, Any] = {"displaylogo": False}
+        if dragged is not None:
+            # An editable shape asks for a click before it can be dragged; this lets it be dragged at once, and is a
+            # setting of the whole figure, which a FigureWidget takes in this trait alone.
+            config["edits"] = {"shapePosition": True}
+        self.figure._config = {**self.figure._config, **config}
         super().__init__([self.figure], layout=WIDE)
         self.add_class(name)
 

@@ -242,6 +242,7 @@ class PrecisionWorkbench(widgets.VBox):  # type: ignore[misc]
         units = [unit.id for unit in state.compressed.architecture.units]
         if list(self._unit.menu.options) != units:
             self._unit.menu.options = units
+            self._unit.menu.value = units[0]  # a menu that was empty has nothing chosen until something is
         self._draw_map()
         self._draw_lags()
         excess = token_excess(table[table["step"] > 0], state.compressed.architecture)

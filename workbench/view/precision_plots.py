@@ -172,7 +172,7 @@ def error_distribution(
 ) -> go.Figure:
     """Share of tokens whose estimate exceeds a value: on calibration text, and of what was seen, with the threshold.
 
-    The threshold is the first shape and can be dragged where the figure is a widget.
+    The threshold is the first shape, so that a widget can let it be dragged.
 
     Args:
         profile: of ``PrecisionSteps``.
@@ -201,7 +201,9 @@ def error_distribution(
                 hovertemplate=name + "<br>%{y:.1%} of tokens above %{x:.3g}<extra></extra>",
             )
         )
+    ends = np.concatenate([calibrated, seen])
     if threshold is not None and np.isfinite(threshold) and threshold > 0:
+        ends = np.append(ends, threshold)
         figure.add_shape(
             type="line",
             x0=threshold,
@@ -209,7 +211,6 @@ def error_distribution(
             y0=0,
             y1=1,
             yref="paper",
-            editable=True,
             line={"color": GREY, "dash": "dash", "width": 3},
         )
     figure.update_layout(
@@ -221,7 +222,7 @@ def error_distribution(
             },
         },
         height=330,
-        xaxis={"title": "estimate (log scale)", "type": "log"},
+        xaxis={"title": "estimate (log scale)", "type": "log", "range": _log_range(ends)},
         yaxis={"title": "share of tokens above", "tickformat": ".0%", "range": [0, 1.02]},
         legend={"y": -0.3},
     )
@@ -233,6 +234,15 @@ def calibrated_estimates(selectors: Selectors, unit: int, step: int, rule: Rule)
     if rule == "gain":
         return selectors.norms[unit].astype(np.float64) * error_scale(selectors, unit, step)
     return selectors.errors[unit, step].astype(np.float64)
+
+
+def _log_range(values: np.ndarray) -> list[float]:
+    """Powers of ten that hold all positive values, with room to drag a line beyond them."""
+    logs = np.log10(values[values > 0])
+    if not len(logs):
+        return [-1.0, 1.0]
+    margin = 0.08 * max(float(logs.max() - logs.min()), 0.1)
+    return [float(logs.min()) - margin, float(logs.max()) + margin]
 
 
 def _rows(table: pd.DataFrame, unit: str, low: int, sequence: int | None) -> pd.DataFrame:
