@@ -296,14 +296,41 @@ def test_a_log_counts_what_was_chosen_and_keeps_no_text(
         assert log.above[index].tolist() == [(levels > 0).sum(), (levels > 1).sum()]
         np.testing.assert_allclose(np.exp(log.log_cuts[index] / log.tokens), thresholds[unit.id], rtol=1e-6)
     path = log.save(tmp_path / "log.json")
-    assert set(json.loads(path.read_text())) == {"schema", "model", "tokens", "above", "log_cuts"}
+    assert set(json.loads(path.read_text())) == {"schema", "model", "tokens", "read", "log_cuts"}
     back = PrecisionLog.load(path, made.sha256, chosen)
     np.testing.assert_array_equal(back.above, log.above)
-    with pytest.raises(InputError, match="another model"):
-        PrecisionLog.load(path, "0" * 64, chosen)
-    path.write_text("{}")
-    with pytest.raises(InputError, match="no log"):
-        PrecisionLog.load(path, made.sha256, chosen)
+    np.testing.assert_array_equal(back.log_cuts, log.log_cuts)
+    assert back.tokens == log.tokens
+
+
+def test_a_log_that_was_changed_is_refused_in_plain_words(
+    made: CompressedModel, chosen: Selectors, tmp_path: Path
+) -> None:
+    arch, path, trace = made.architecture, tmp_path / "log.json", list[StepTrace]()
+    open_engine(made, engine="cpu", plan=precision_plan(arch, chosen, 3.2)).score(windows(12)[0], trace=trace)  # type: ignore[call-arg]
+    log = PrecisionLog.empty(made.sha256, chosen).added(arch, trace, gain_thresholds(arch, chosen, 3.2))
+    whole = json.loads(log.save(path).read_text())
+    other = [[n + (unit == 0) for n in row] for unit, row in enumerate(whole["read"])]
+    for changed, words in (
+        ({"model": "0" * 64}, "another model"),
+        ({"tokens": log.tokens - 1}, "contradicts itself"),
+        ({"tokens": 10 * log.tokens}, "contradicts itself"),
+        ({"tokens": "many"}, "was changed"),
+        ({"read": other}, "contradicts itself"),
+        ({"read": whole["read"][:-1]}, "was changed"),
+        ({"log_cuts": [row[::-1] for row in whole["log_cuts"]]}, "contradicts itself"),
+        ({"log_cuts": [["x"]]}, "was changed"),
+        ({"schema": 1}, "not a log of precision of this version"),
+    ):
+        path.write_text(json.dumps(whole | changed))
+        with pytest.raises(InputError, match=words) as found:
+            PrecisionLog.load(path, made.sha256, chosen)
+        assert "\n" not in str(found.value)
+    for text in ("{}", "[]", "not json", json.dumps({k: v for k, v in whole.items() if k != "read"})):
+        path.write_text(text)
+        with pytest.raises(InputError, match=r"not a log of precision.*generate --log") as found:
+            PrecisionLog.load(path, made.sha256, chosen)
+        assert not any(words in str(found.value) for words in ("'read'", "column", "Expecting"))
 
 
 def test_retuning_finds_how_norms_have_moved(chosen: Selectors) -> None:
@@ -410,20 +437,30 @@ def test_a_fit_goes_on_from_the_one_before(tiny_model: LoadedModel, made: Compre
 
 
 def test_what_cannot_be_is_refused(tiny_model: LoadedModel) -> None:
-    with pytest.raises(RecipeError, match="goes once, after"):
-        Recipe.for_model(tiny_model, PRECISION, NESTED)
-    with pytest.raises(RecipeError, match="put 'nested'"):
-        compress(tiny_model, Recipe.for_model(tiny_model, RtnConfig(group_size=16), PRECISION))
-    with pytest.raises(RecipeError, match="lie outside 2 to 5"):
-        compress(tiny_model, recipe(tiny_model, targets=(6.0,)))
-    with pytest.raises(RecipeError, match="memory_bits"):
-        compress(tiny_model, recipe(tiny_model, memory_bits=1.0, targets=()))
+    for methods, words in (
+        ((PRECISION, NESTED), "comes before"),
+        ((NESTED, PRECISION, PRECISION), "twice"),
+        ((PRECISION,), "put 'nested'"),
+        ((RtnConfig(group_size=16), PRECISION), "put 'nested'"),
+        ((NESTED.model_copy(update={"widths": (4,)}), PRECISION), "two or more"),
+        ((NESTED, PRECISION.model_copy(update={"targets": (6.0,)})), "between 2 and 5"),
+        ((NESTED, PRECISION.model_copy(update={"targets": (2.5, 4.0), "memory_bits": 3.5})), "between 2 and 3.5"),
+        ((NESTED, PRECISION.model_copy(update={"targets": (), "memory_bits": 1.0})), "nearest is 2"),
+    ):
+        with pytest.raises(RecipeError, match=words):
+            Recipe.for_model(tiny_model, *methods)
     with pytest.raises(RecipeError, match="ascend"):
         PrecisionConfig(targets=(4.0, 3.0))
     job = Job()
     job.cancel()
     with pytest.raises(Cancelled):
         compress(tiny_model, recipe(tiny_model), job=job)
+
+
+def test_a_target_that_memory_leaves_no_room_for_is_refused(tiny_model: LoadedModel) -> None:
+    """Units have whole widths, so that their widest average a little less than the memory."""
+    with pytest.raises(RecipeError, match=r"memory_bits = 3\.4"):
+        compress(tiny_model, recipe(tiny_model, memory_bits=3.4, targets=(3.3999,)))
 
 
 def test_projections_are_there_for_every_target_between_the_learnt(made: CompressedModel, chosen: Selectors) -> None:

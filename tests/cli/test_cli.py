@@ -16,26 +16,7 @@ import pandas as pd
 import pytest
 
 from workbench.cli import main
-from workbench.models import LoadedModel
-from workbench.models.tokenizer import save_tokenizer
 from workbench.store import Store
-
-
-@pytest.fixture(scope="module")
-def tiny_folder(tmp_path_factory: pytest.TempPathFactory, make_model: Callable[..., LoadedModel]) -> Path:
-    """A tiny Llama as a safetensors folder."""
-    folder = tmp_path_factory.mktemp("models") / "tiny"
-    model = make_model("llama")
-    model.module.save_pretrained(folder)
-    save_tokenizer(model.tokenizer, folder)
-    return folder
-
-
-@pytest.fixture(autouse=True)
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("WORKBENCH_HOME", str(tmp_path / "home"))
-    monkeypatch.setenv("COLUMNS", "200")
-    return tmp_path / "home"
 
 
 @pytest.fixture
@@ -46,38 +27,10 @@ def text(tmp_path: Path) -> Path:
     return path
 
 
-class Outcome:
-    """What one command printed and how it ended."""
-
-    def __init__(self, code: int, out: str, err: str) -> None:
-        self.code, self.out, self.err = code, out, err
-
-    @property
-    def json(self) -> Any:
-        return json.loads(self.out)
-
-
-@pytest.fixture
-def workbench(capsys: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
-    """Run a command in this process."""
-
-    def run(*words: object) -> Outcome:
-        capsys.readouterr()
-        try:
-            main([str(word) for word in words])
-            code = 0
-        except SystemExit as stop:
-            code = stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 1
-        printed = capsys.readouterr()
-        return Outcome(code, printed.out, printed.err)
-
-    return run
-
-
 SMALL = ("--prompts", "1", "--new-tokens", "8", "--windows", "2", "--group-size", "16")
 
 
-def test_the_loop(workbench: Callable[..., Outcome], tiny_folder: Path, text: Path, tmp_path: Path) -> None:
+def test_the_loop(workbench: Callable[..., Any], tiny_folder: Path, text: Path, tmp_path: Path) -> None:
     """Look, solve, compress, generate, measure and report, each step from the files of the one before."""
     profile, recipe, folder = tmp_path / "units.parquet", tmp_path / "recipe.json", tmp_path / "small"
     seen = workbench("analyze", "sensitivity", tiny_folder, "--out", profile, "--kl", "--json", *SMALL)
@@ -120,67 +73,7 @@ def test_the_loop(workbench: Callable[..., Outcome], tiny_folder: Path, text: Pa
     assert workbench("store", "verify").code == 0
 
 
-def test_a_nested_model_is_read_at_a_width(
-    workbench: Callable[..., Outcome], tiny_folder: Path, tmp_path: Path
-) -> None:
-    recipe, folder = tmp_path / "nested.json", tmp_path / "nested"
-    method = {"method": "nested", "widths": [3, 8], "group_size": 16, "fit": "rounded"}
-    recipe.write_text(json.dumps({"model": str(tiny_folder), "methods": [method]}))
-    made = workbench("compress", tiny_folder, "--recipe", recipe, "--out", folder, "--json")
-    assert made.code == 0, made.err
-    asked = ("Hello", "--new-tokens", "16", "--json")
-    by_width = {w: workbench("generate", folder, *asked, "--width", w).json["tokens"] for w in ("3", "8")}
-    assert by_width["8"] == workbench("generate", folder, *asked).json["tokens"]
-    assert by_width["3"] != by_width["8"]
-    refused = workbench("generate", folder, *asked, "--width", "4")
-    assert refused.code == 2
-    assert "offers 3, 8" in refused.err
-    assert "compress it first" in workbench("generate", tiny_folder, *asked, "--width", "4").err
-    refused = workbench("generate", folder, *asked, "--target", "4")
-    assert refused.code == 2
-    assert "dynamic-precision" in refused.err
-
-
-def test_a_target_of_average_bits_is_chosen_when_generating(
-    workbench: Callable[..., Outcome], tiny_folder: Path, tmp_path: Path
-) -> None:
-    recipe, folder = tmp_path / "dynamic.json", tmp_path / "dynamic"
-    methods = [
-        {"method": "nested", "widths": [2, 3, 5], "group_size": 16, "fit": "rounded"},
-        {"method": "dynamic-precision", "targets": [], "calibration_tokens": 1024},
-    ]
-    recipe.write_text(json.dumps({"model": str(tiny_folder), "methods": methods}))
-    made = workbench("compress", tiny_folder, "--recipe", recipe, "--out", folder, "--json")
-    assert made.code == 0, made.err
-    asked = ("Hello", "--new-tokens", "64", "--json")
-    realised = [workbench("generate", folder, *asked, "--target", t).json["realised_bits"] for t in ("2", "3.5", "5")]
-    assert realised[0] < 2.3 < realised[1] < 4.7 < realised[2] <= 5  # the first token is read at the widest
-    plain = workbench("generate", folder, *asked, "--target", "5").json["tokens"]
-    assert plain == workbench("generate", folder, *asked).json["tokens"]
-    for arguments, message in (
-        (("--target", "9"), "2 to 5 bits"),
-        (("--target", "3", "--width", "3"), "exclude each other"),
-    ):
-        refused = workbench("generate", folder, *asked, *arguments)
-        assert refused.code == 2
-        assert message in refused.err
-    assert "compress it first" in workbench("generate", tiny_folder, *asked, "--target", "4").err
-
-    log, retuned = tmp_path / "counts.json", tmp_path / "retuned"
-    assert "give a --target" in workbench("generate", folder, *asked, "--log", log).err
-    for _ in range(2):
-        assert workbench("generate", folder, *asked, "--target", "3", "--log", log).code == 0
-    few = workbench("retune", folder, "--log", log, "--out", retuned)
-    assert "too few" in few.err
-    assert not retuned.exists()
-    for _ in range(4):
-        assert workbench("generate", folder, *asked, "--target", "3", "--log", log).code == 0
-    assert workbench("retune", folder, "--log", log, "--out", retuned).code == 0
-    assert workbench("generate", retuned, *asked, "--target", "3").json["realised_bits"] == pytest.approx(3, abs=0.5)
-    assert "another model" in workbench("retune", retuned, "--log", log, "--out", tmp_path / "again").err
-
-
-def test_tables_for_people(workbench: Callable[..., Outcome], tiny_folder: Path, text: Path, tmp_path: Path) -> None:
+def test_tables_for_people(workbench: Callable[..., Any], tiny_folder: Path, text: Path, tmp_path: Path) -> None:
     seen = workbench("analyze", "sensitivity", tiny_folder, "--text", text, "--out", tmp_path / "u.csv", *SMALL)
     assert seen.code == 0, seen.err
     assert "worst first" in seen.out
@@ -196,7 +89,7 @@ def test_tables_for_people(workbench: Callable[..., Outcome], tiny_folder: Path,
 
 
 def test_text_that_was_solved_on_cannot_judge(
-    workbench: Callable[..., Outcome], tiny_folder: Path, text: Path, tmp_path: Path
+    workbench: Callable[..., Any], tiny_folder: Path, text: Path, tmp_path: Path
 ) -> None:
     profile, recipe = tmp_path / "u.parquet", tmp_path / "r.json"
     workbench("analyze", "sensitivity", tiny_folder, "--text", text, "--out", profile, *SMALL)
@@ -207,15 +100,6 @@ def test_text_that_was_solved_on_cannot_judge(
     assert "mine" in judged.err
 
 
-def one_line(outcome: Outcome) -> str:
-    """The error, which must be one line without a traceback; stages of progress end in dots."""
-    lines = [line for line in outcome.err.splitlines() if line.strip() and not line.endswith(" ...")]
-    assert "Traceback" not in outcome.err
-    assert len(lines) == 1, outcome.err
-    assert lines[0].startswith("Error: ")
-    return lines[0]
-
-
 def recipe_for(tmp_path: Path, **changes: Any) -> Path:
     method = {"method": "rtn", "bits": 4, "group_size": 16, **changes}
     path = tmp_path / "recipe.json"
@@ -224,7 +108,7 @@ def recipe_for(tmp_path: Path, **changes: Any) -> Path:
 
 
 def test_every_mistake_is_one_line_with_what_to_do(
-    workbench: Callable[..., Outcome], tiny_folder: Path, tmp_path: Path, home: Path
+    workbench: Callable[..., Any], tiny_folder: Path, tmp_path: Path, home: Path
 ) -> None:
     empty, tiny, pickled, binary = (tmp_path / n for n in ("empty.txt", "tiny.txt", "model.bin", "cut.gguf"))
     empty.write_text("")
@@ -252,6 +136,7 @@ def test_every_mistake_is_one_line_with_what_to_do(
         (2, "file", ("compress", tiny_folder, "--recipe", good, "--out", tmp_path / "file")),
         (4, "choose another", ("compress", tiny_folder, "--recipe", good, "--out", "/proc/none")),
         (2, "not a compressed model", ("measure", tiny_folder)),
+        (2, "There is no folder", ("measure", tmp_path / "none")),
         (2, "empty", ("generate", tiny_folder, " ")),
         (2, "temperature", ("generate", tiny_folder, "Hi", "--top-p", "0")),
         (5, "No engine 'gpu'", ("generate", tiny_folder, "Hi", "--engine", "gpu")),
@@ -264,7 +149,7 @@ def test_every_mistake_is_one_line_with_what_to_do(
     for code, words, arguments in cases:
         started = time.monotonic()
         outcome = workbench(*arguments)
-        line = one_line(outcome)
+        line = outcome.line
         assert words in line, (arguments, line)
         assert outcome.code == code, (arguments, line)
         assert time.monotonic() - started < 30
@@ -274,15 +159,15 @@ def test_every_mistake_is_one_line_with_what_to_do(
 
 
 def test_impossible_budgets_and_unknown_units_say_what_is_possible(
-    workbench: Callable[..., Outcome], tiny_folder: Path, tmp_path: Path
+    workbench: Callable[..., Any], tiny_folder: Path, tmp_path: Path
 ) -> None:
     profile = tmp_path / "u.parquet"
     workbench("analyze", "sensitivity", tiny_folder, "--out", profile, *SMALL)
     low = workbench("solve", profile, "--bits", "1.5", "--out", tmp_path / "r.json")
     assert low.code == 2
-    assert "possible are" in one_line(low)
+    assert "possible are" in low.line
     unit = workbench("solve", profile, "--bits", "5", "--pin", "blocks.0.dwn=4")
-    assert "Did you mean 'blocks.0.down'" in one_line(unit)
+    assert "Did you mean 'blocks.0.down'" in unit.line
     unknown = workbench(
         "compress",
         tiny_folder,
@@ -292,20 +177,41 @@ def test_impossible_budgets_and_unknown_units_say_what_is_possible(
         tmp_path / "o",
     )
     assert unknown.code == 2
-    assert "blocks.9.qkv" in one_line(unknown)
+    assert "blocks.9.qkv" in unknown.line
     assert not (tmp_path / "r.json").exists()
     assert not (tmp_path / "o").exists()
 
 
-def test_debug_shows_the_traceback(workbench: Callable[..., Outcome], tmp_path: Path) -> None:
+def test_debug_shows_the_traceback(workbench: Callable[..., Any], tmp_path: Path) -> None:
     with pytest.raises(Exception, match="No profile"):
         main(["solve", str(tmp_path / "none.parquet"), "--bits", "4", "--debug"])
 
 
-def test_wrong_usage_exits_with_2(workbench: Callable[..., Outcome]) -> None:
-    assert workbench("analyze", "sensitvity", "x").code == 2
-    assert workbench("nonsense").code == 2
-    assert workbench("demo").code == 2
+def test_wrong_usage_is_one_line_and_where_help_is(workbench: Callable[..., Any]) -> None:
+    for arguments, words, command in (
+        (("analyze", "sensitvity", "x"), "'sensitvity'", "workbench analyze"),
+        (("nonsense",), "'nonsense'", "workbench"),
+        (("demo",), "'--out'", "workbench demo"),
+        (("generate", "--temperatur", "1"), "--temperature", "workbench generate"),
+        (("generate", "m", "p", "--new-tokens", "x"), "a whole number is needed", "workbench generate"),
+        (("generate", "m", "p", "--new-tokens", "0"), "must be at least 1", "workbench generate"),
+    ):
+        found = workbench(*arguments)
+        assert found.code == 2
+        error, hint = found.err.splitlines()
+        assert error.startswith("Error: ")
+        assert words in error
+        assert hint == f"See '{command} --help'."
+    assert workbench("--help").code == 0
+    assert workbench("generate", "--help").code == 0
+
+
+def test_the_doctor_speaks_in_plain_lines(workbench: Callable[..., Any]) -> None:
+    found = workbench("doctor")
+    assert found.code == 0
+    facts = [line for line in found.out.splitlines() if not line.startswith("[")]
+    assert not set("{}[]'") & set("".join(facts))
+    assert set(workbench("doctor", "--json").json) == {"machine", "checks", "store", "store_error"}
 
 
 def test_interrupt_cancels_cleanly_and_the_same_call_resumes(tiny_folder: Path, home: Path, tmp_path: Path) -> None:

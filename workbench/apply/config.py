@@ -15,6 +15,20 @@ from workbench.formats.encodings import DENSE_BITS
 
 WIDTHS = (*range(MIN_BITS, MAX_BITS + 1), DENSE_BITS)
 
+# What pydantic names by Python's types, for people who write JSON; by the beginning of its error's type.
+_NEEDED = {
+    "tuple": "a list",
+    "list": "a list",
+    "float": "a number",
+    "finite_number": "a number",
+    "int": "a whole number",
+    "string": "a text in quotes",
+    "bool": "true or false",
+    "dict": 'an object, as {"name": value},',
+    "mapping": 'an object, as {"name": value},',
+    "model": 'an object, as {"name": value},',
+}
+
 
 def _whole(value: Any) -> int:
     """Accept integers of any library, and neither booleans nor numbers that merely look whole."""
@@ -36,7 +50,7 @@ def _width(value: int) -> int:
 def _widths(given: tuple[int, ...]) -> tuple[int, ...]:
     nearest = tuple(sorted({min(max(bits, MIN_BITS), MAX_BITS) for bits in given}))
     if nearest != given:
-        raise ValueError(f"widths are {MIN_BITS} to {MAX_BITS}, each once and ascending; nearest is {nearest}")
+        raise ValueError(f"widths are {MIN_BITS} to {MAX_BITS} and ascend, with none twice; nearest is {list(nearest)}")
     if not given:
         raise ValueError("at least one width is needed")
     return given
@@ -102,8 +116,13 @@ def _sentence(error: ErrorDetails, model: type[BaseModel]) -> str:
         return f"{field} = {value} is not possible; allowed: {context['expected']}.{suggest(value, allowed)}"
     if kind == "greater_than_equal":
         return f"{field} = {value} is not possible; it must be at least {context['ge']}; nearest is {context['ge']}."
+    if kind == "greater_than":
+        return f"{field} = {value} is not possible; it must be more than {context['gt']:g}."
     if kind == "value_error":
         return f"{field} = {value} is not possible; {context['error']}.".replace(" = {}", "")
+    for beginning, needed in _NEEDED.items():
+        if kind.startswith(beginning):
+            return f"{field} = {value} is not possible; {needed} is needed."
     return f"{field} = {value} is not possible: {error['msg'][0].lower()}{error['msg'][1:]}."
 
 

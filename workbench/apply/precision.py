@@ -62,22 +62,16 @@ class PrecisionMethod:
         """Measure and learn; the dense model is left as it was.
 
         Raises:
-            RecipeError: codes of one width, a target or memory that they cannot have, outputs that are not finite.
+            RecipeError: codes of one width, a target that memory leaves no room for, outputs that are not finite.
             CorpusError: the model's context is too short to sample text.
             Cancelled: by ``job``, between windows or steps.
         """
         model = draft.model
         check_finite(model)
         codes = _nested_codes(draft)
-        widths = next(iter(codes.values())).widths
-        for target in config.targets:
-            if not widths[0] < target < (config.memory_bits or widths[-1]):
-                raise RecipeError(
-                    f"targets: {target:g} bits lie outside {widths[0]} to {config.memory_bits or widths[-1]:g}, what "
-                    "this model can read."
-                )
         tokens, text = calibration_windows(model, config.calibration_tokens, seed, job, "tuning")
         highest = _highest(model, codes, config.memory_bits, tokens, job)
+        _check_targets(model, highest, config)
         selectors = _selectors(model, codes, config, highest, tokens, seed, job)
         return FittedPrecision(selectors, highest, text)
 
@@ -108,14 +102,24 @@ def _highest(
     widths = next(iter(codes.values())).widths
     if memory_bits is None or memory_bits >= widths[-1]:
         return {unit.id: widths[-1] for unit in model.architecture.units}
-    if memory_bits < widths[0]:
-        raise RecipeError(f"memory_bits: {memory_bits:g} is less than the narrowest width, {widths[0]}.")
     short = [
         window[begin : begin + _FISHER_WINDOW] for window in tokens for begin in range(0, len(window), _FISHER_WINDOW)
     ]
     short = [window for window in short if len(window) > 1]
     table = unit_scores(run(UnitScores(model, short, widths=widths, codes=codes), job))
     return allocate(table.rename(columns={"fisher": "damage"}), memory_bits)
+
+
+def _check_targets(model: LoadedModel, highest: dict[str, int], config: PrecisionConfig) -> None:
+    """Refuse targets above what the units' widest widths average: whole widths may stay a little below the memory."""
+    sizes = {unit.id: unit.n_weights for unit in model.architecture.units}
+    most = sum(sizes[name] * bits for name, bits in highest.items()) / sum(sizes.values())
+    for target in config.targets:
+        if target >= most:
+            raise RecipeError(
+                f"targets: {target:g} bits cannot be reached, since the widest widths that fit memory_bits = "
+                f"{config.memory_bits:g} average {most:.4g}: give a lower target or more memory."
+            )
 
 
 def _selectors(

@@ -17,7 +17,7 @@ from workbench.apply.bnb import BnbInt8Config, BnbNf4Config
 from workbench.apply.config import MethodConfig, Strict, Whole
 from workbench.apply.gguf import GgufConfig
 from workbench.apply.nested import NestedConfig
-from workbench.apply.precision_config import PrecisionConfig
+from workbench.apply.precision_config import PrecisionConfig, check_widths
 from workbench.apply.rtn import RtnConfig
 from workbench.errors import InputError, RecipeError
 from workbench.files import check_output_file, write_whole
@@ -129,20 +129,33 @@ class Recipe(Strict):
     @classmethod
     def _order(cls, methods: tuple[MethodConfig, ...]) -> tuple[MethodConfig, ...]:
         weights = [i for i, method in enumerate(methods) if method.stage == "weights"]
-        if not weights:
+        after = [i for i, method in enumerate(methods) if method.stage == "precision"]
+        if not methods:
             raise RecipeError("Recipe: methods is empty; name one method that stores the weights, such as 'rtn'.")
+        if not weights:
+            raise RecipeError(
+                f"Recipe: methods has '{methods[0].method}' alone, which chooses among stored widths: put 'nested', "
+                "which stores several, before it."
+            )
         if len(weights) > 1:
             i, j = weights[:2]
             raise RecipeError(
                 f"Recipe: methods[{i}] '{methods[i].method}' and methods[{j}] '{methods[j].method}' both store the "
                 "weights of all units, and a unit has one format: keep one of them."
             )
-        after = [i for i, method in enumerate(methods) if method.stage == "precision"]
-        if len(after) > 1 or (after and after[0] < weights[0]):
+        if len(after) > 1:
+            i, j = after[:2]
             raise RecipeError(
-                f"Recipe: methods[{after[-1]}] '{methods[after[-1]].method}' goes once, after the method that stores "
-                f"the weights, '{methods[weights[0]].method}'."
+                f"Recipe: '{methods[i].method}' is there twice, as methods[{i}] and methods[{j}]: keep one of them."
             )
+        stored = methods[weights[0]]
+        for i in after:
+            if i < weights[0]:
+                raise RecipeError(
+                    f"Recipe: methods[{i}] '{methods[i].method}' comes before methods[{weights[0]}] '{stored.method}', "
+                    "whose widths it chooses among: put it after that."
+                )
+            check_widths(methods[i], stored)
         return methods
 
     @classmethod

@@ -5,11 +5,23 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 import typer
 
-from workbench.cli import console, keep, look, run
+from workbench.cli import console, generate, keep, look, run
 from workbench.errors import Cancelled, WorkbenchError
+
+_UsageError: Any = typer.BadParameter.__base__  # click's own, which typer does not name
+_INTERRUPTED = 130
+# typer speaks of values as pydantic does.
+_PLAINER = {
+    "Input should be a valid integer, unable to parse string as an integer": "a whole number is needed",
+    "Input should be a valid number, unable to parse string as a number": "a number is needed",
+    "Input should be": "it must be",
+    "greater than or equal to": "at least",
+    "less than or equal to": "at most",
+}
 
 app = typer.Typer(
     name="workbench",
@@ -19,7 +31,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for module in (run, look, keep):
+for module in (run, generate, look, keep):
     module.register(app)
 
 
@@ -36,7 +48,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     debug = "--debug" in words
     words = [word for word in words if word != "--debug"]  # wherever it stands
     try:
-        app(args=words, prog_name="workbench")  # exits by itself, with 2 on wrong usage
+        code = app(args=words, prog_name="workbench", standalone_mode=False)
+        if code == _INTERRUPTED:
+            raise KeyboardInterrupt
+        sys.exit(code if isinstance(code, int) else 0)
+    except _UsageError as error:
+        _tell_usage(error)
+        sys.exit(error.exit_code)
     except WorkbenchError as error:
         if debug:
             raise
@@ -47,4 +65,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         console.tell("Stopped. Finished parts are kept: run the same again to resume.")
-        sys.exit(130)
+        sys.exit(_INTERRUPTED)
+
+
+def _tell_usage(error: _UsageError) -> None:
+    """Say what is wrong with the words that were given, in one line, and in another where help is."""
+    context = error.ctx
+    if type(error).__name__ == "NoArgsIsHelpError":  # its message is the help
+        error.show()
+        return
+    message = " ".join(error.format_message().split())
+    for words, plain in _PLAINER.items():
+        message = message.replace(words, plain)
+    console.fail(message)
+    if context is not None:
+        console.tell(f"See '{context.command_path} --help'.")

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from workbench.cli import console
-from workbench.cli.look import Json
+from workbench.cli.options import Json
 from workbench.errors import StoreError
 
 
@@ -31,16 +32,36 @@ def doctor(as_json: Json = False) -> None:
     if as_json:
         console.show_json(found.to_json())
         return
-    for name, value in found.machine.items():
-        console.say(f"{name:<22} {value}")
+    _show_facts(found.machine)
     console.say("")
     for check in found.checks:
         console.say(f"[{'ok' if check.ok else 'missing'}] {check.name}: {check.detail}")
     if found.store_error:
         raise StoreError(found.store_error)
     console.say("")
-    for name, value in found.store.items():
-        console.say(f"store {name:<16} {value}")
+    _show_facts(found.store, "store ")
+
+
+def _show_facts(facts: Mapping[str, Any], prefix: str = "") -> None:
+    """One line for each fact, named as people would; what a fact of several parts is made of stands on one line."""
+    rows = [(prefix + name.replace("_", " "), _in_words(name, value)) for name, value in facts.items()]
+    width = max((len(name) for name, _ in rows), default=0)
+    for name, words in rows:
+        console.say(f"{name:<{width}}  {words}")
+
+
+def _in_words(name: str, value: Any) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{part} {_in_words(part, one)}" for part, one in value.items()) or "none"
+    if isinstance(value, list | tuple):
+        return ", ".join(_in_words("", one) for one in value) or "none"
+    if value is None:
+        return "none"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if name.endswith("bytes") and isinstance(value, int):
+        return f"{value / 1e9:.1f} GB" if value >= 1e9 else f"{value / 1e6:.1f} MB" if value >= 1e5 else f"{value:,}"
+    return str(value)
 
 
 def info(as_json: Json = False) -> None:
@@ -52,8 +73,7 @@ def info(as_json: Json = False) -> None:
     if as_json:
         console.show_json(found)
         return
-    for name, value in found.items():
-        console.say(f"{name:<16} {value}")
+    _show_facts(found)
 
 
 def runs(

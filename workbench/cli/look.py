@@ -8,15 +8,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from workbench.cli import console
+from workbench.cli.options import Json, ModelName, Quiet, require_text
 from workbench.errors import InputError
 from workbench.files import check_output_file
 
 if TYPE_CHECKING:
     from workbench.analysis.profile import Profile
-
-Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
-ModelName = Annotated[str, typer.Argument(metavar="MODEL", help="smollm2-135m, a folder, a GGUF file or a hub id.")]
 
 TABLE_SUFFIXES = (".parquet", ".csv", ".json")
 
@@ -133,14 +130,6 @@ def sensitivity(
         console.say("From the store; --refresh computes again.")
     for path in targets.values():
         console.say(f"Written: {path}")
-
-
-def require_text(name: str) -> None:
-    """Raise now, before a model is loaded, where a text cannot be opened."""
-    if name != "self" and not name.startswith("hf:"):
-        from workbench.corpus import open_text
-
-        open_text(name, "calibration")
 
 
 def solve(

@@ -1,4 +1,4 @@
-"""Commands that run: ``demo``, ``compress``, ``generate``, ``measure``, ``report`` and ``bench``."""
+"""Commands that run: ``demo``, ``compress``, ``measure``, ``report`` and ``bench``; text is made in ``generate``."""
 
 from __future__ import annotations
 
@@ -8,28 +8,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from workbench.cli import console
-from workbench.cli.look import Json, ModelName, Quiet, require_text
-from workbench.errors import InputError
+from workbench.cli.options import EngineName, Json, ModelName, Quiet, Threads, require_compressed, require_text
 from workbench.files import check_folder, check_output_file, write_json
 
 if TYPE_CHECKING:
-    from workbench.formats.compressed import CompressedModel
-    from workbench.formats.selectors import Selectors
     from workbench.progress import Job
-    from workbench.runtime.base import Engine
-    from workbench.runtime.precision_control import PrecisionController
-    from workbench.runtime.precision_log import PrecisionLog
-
-Threads = Annotated[int | None, typer.Option(min=1, help="Threads of the engines; one per usable core if not given.")]
-EngineName = Annotated[str, typer.Option(help="auto, reference or cpu.")]
 
 
 def register(app: typer.Typer) -> None:
     """Add this module's commands."""
     app.command("demo")(demo)
     app.command("compress")(compress)
-    app.command("generate")(generate)
-    app.command("retune")(retune)
     app.command("measure")(measure)
     app.command("report")(report)
     app.command("bench")(bench)
@@ -115,191 +104,6 @@ def compress(
     console.say(f"Written: {folder}")
 
 
-def generate(
-    model: Annotated[str, typer.Argument(metavar="MODEL|DIR", help="A model, or a compressed model's folder.")],
-    prompt: Annotated[str, typer.Argument(help="What to ask; the model's chat template is applied.")],
-    new_tokens: Annotated[int, typer.Option(min=1)] = 128,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
-    top_k: Annotated[int, typer.Option(min=0)] = 0,
-    top_p: Annotated[float, typer.Option()] = 1.0,
-    seed: Annotated[int, typer.Option(min=0)] = 0,
-    raw: Annotated[bool, typer.Option("--raw", help="Feed the text as it is, without the chat template.")] = False,
-    width: Annotated[int | None, typer.Option(help="Bits to read a nested model at; its widest if not given.")] = None,
-    target: Annotated[
-        float | None, typer.Option(help="Average bits to read at, chosen per token: models with dynamic precision.")
-    ] = None,
-    hold: Annotated[bool, typer.Option(help="Hold the average on the target as text is read.")] = True,
-    fail_safe: Annotated[
-        bool, typer.Option("--fail-safe", help="Read at the widest once the text is unlike the calibration text.")
-    ] = False,
-    log: Annotated[
-        Path | None, typer.Option(help="With --target: add counts of what was chosen, and no text, to this file.")
-    ] = None,
-    engine: EngineName = "auto",
-    threads: Threads = None,
-    as_json: Json = False,
-) -> None:
-    """Generate text with a dense or compressed model."""
-    from workbench.runtime import choose_engine
-    from workbench.runtime.base import Sampler
-    from workbench.runtime.precision_control import Held
-
-    sampler = Sampler(temperature, top_k, top_p)
-    choose_engine(engine)
-    if not prompt.strip():
-        raise InputError("The prompt is empty: say what to ask.")
-    with console.running(quiet=True) as job:
-        if target is not None and width is not None:
-            raise InputError("--width and --target exclude each other: one width for all tokens, or a choice at each.")
-        watched: Held | None = None
-        if log is not None and target is None:
-            raise InputError("--log counts the widths that are chosen per token: give a --target too.")
-        if target is None:
-            opened = _at_width(model, width, engine, threads, job)
-            sequence = opened.start(seed=seed)
-        else:
-            compressed, selectors = _with_selectors(model)
-            counted = _log(log, compressed, selectors)
-            opened, controller = _at_target(compressed, selectors, target, hold, fail_safe, engine, threads, job)
-            sequence = opened.start(seed=seed)
-            watched = Held(opened, sequence, controller, counted)
-        loaded = opened.model
-        ids = loaded.encode(prompt) if raw else loaded.encode_chat(prompt)
-        reply = opened.generate(
-            sequence,
-            ids,
-            new_tokens,
-            sampler=sampler,
-            stop_tokens=loaded.stop_tokens,
-            job=job,
-            on_token=watched,
-        )
-        if watched is not None:
-            watched.finish()
-            if watched.log is not None and log is not None:
-                watched.log.save(log)
-    steps = [step.seconds for step in sequence.trace[len(ids) :]]
-    per_token = 1000 * sum(steps) / len(steps) if steps else None
-    if as_json:
-        console.show_json(
-            {
-                "model": loaded.name,
-                "engine": opened.name,
-                "tokens": reply,
-                "text": loaded.decode(reply),
-                "prompt_tokens": len(ids),
-                "ms_per_token": per_token,
-                "seed": seed,
-            }
-            | (
-                {
-                    "target_bits": target,
-                    "realised_bits": watched.controller.realised,
-                    "warning": watched.controller.warning,
-                }
-                if watched is not None
-                else {}
-            )
-        )
-        return
-    console.say(loaded.decode(reply))
-    if per_token is not None:
-        console.err.print(
-            f"{len(reply)} tokens, {per_token:.1f} ms each on the {opened.name} engine (one run, no claim: use measure)"
-        )
-    if watched is not None:
-        read, warning = watched.controller.realised, watched.controller.warning
-        console.err.print(f"Read at {read:.3f} bits on average, prompt included; asked for {target:g}.")
-        if warning:
-            console.err.print(warning)
-
-
-def _log(path: Path | None, compressed: CompressedModel, selectors: Selectors) -> PrecisionLog | None:
-    """The log at a path, or an empty one where there is none yet."""
-    if path is None:
-        return None
-    from workbench.runtime.precision_log import PrecisionLog
-
-    check_output_file(path)
-    if path.exists():
-        return PrecisionLog.load(path, compressed.sha256, selectors)
-    return PrecisionLog.empty(compressed.sha256, selectors)
-
-
-def _with_selectors(model: str) -> tuple[CompressedModel, Selectors]:
-    from workbench.formats.compressed import CompressedModel
-    from workbench.formats.folder import is_compressed
-
-    if not is_compressed(model):
-        raise InputError(f"--target reads a compressed model's widths, and {model} is none: compress it first.")
-    compressed = CompressedModel.load(model)
-    if compressed.selectors is None:
-        raise InputError(
-            f"{model} cannot choose its widths per token: compress with the methods 'nested' and 'dynamic-precision'."
-        )
-    return compressed, compressed.selectors
-
-
-def retune(
-    model: Annotated[str, typer.Argument(metavar="DIR", help="A compressed model with dynamic precision.")],
-    log: Annotated[Path, typer.Option(help="What 'generate --log' counted.")],
-    out: Annotated[Path, typer.Option(help="Folder for the retuned model; the other one is left as it is.")],
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a compressed model that is there.")] = False,
-) -> None:
-    """Fit the thresholds of dynamic precision to text as it is, from logged counts; weights stay the same."""
-    from dataclasses import replace
-
-    from workbench.runtime.precision_log import PrecisionLog, retuned
-
-    compressed, selectors = _with_selectors(model)
-    counted = PrecisionLog.load(log, compressed.sha256, selectors)
-    made = replace(compressed, selectors=retuned(selectors, counted), folder=None, recorded_sha256=None)
-    folder = check_folder(out)
-    made.save(folder, overwrite=overwrite)
-    console.say(f"Retuned on {counted.tokens:,} tokens: {folder}. Measure it before it replaces the other.")
-
-
-def _at_target(
-    compressed: CompressedModel,
-    selectors: Selectors,
-    target: float,
-    hold: bool,
-    fail_safe: bool,
-    engine: str,
-    threads: int | None,
-    job: Job,
-) -> tuple[Engine, PrecisionController]:
-    """Open an engine on a model with selectors, and what holds it on a target."""
-    from workbench.runtime import open_engine
-    from workbench.runtime.precision import precision_plan
-    from workbench.runtime.precision_control import PrecisionController
-
-    parts = compressed.architecture
-    plan = precision_plan(parts, selectors, target)
-    controller = PrecisionController(parts, selectors, target, hold=hold, fail_safe=fail_safe)
-    return open_engine(compressed, engine=engine, plan=plan, threads=threads, job=job), controller
-
-
-def _at_width(model: str, width: int | None, engine: str, threads: int | None, job: Job) -> Engine:
-    """Open an engine; with a width, on a nested model that is read at it."""
-    from workbench.formats.folder import is_compressed
-    from workbench.runtime import open_engine
-
-    if width is None:
-        return open_engine(model, engine=engine, threads=threads, job=job)
-    from workbench.formats.compressed import CompressedModel
-    from workbench.runtime.plan import width_plan
-
-    if not is_compressed(model):
-        raise InputError(f"--width reads a compressed model at fewer bits, and {model} is none: compress it first.")
-    compressed = CompressedModel.load(model)
-    if width not in compressed.widths:
-        offered = ", ".join(map(str, compressed.widths)) or "none: compress with the method 'nested'"
-        raise InputError(f"--width {width} is not possible: this model offers {offered}.")
-    plan = width_plan(compressed.architecture, compressed.widths, width)
-    return open_engine(compressed, engine=engine, plan=plan, threads=threads, job=job)
-
-
 def measure(
     folder: Annotated[str, typer.Argument(metavar="DIR", help="A compressed model.")],
     text: Annotated[str, typer.Option(help="Evaluation text: prose, pydoc, hf:..., or a file.")] = "prose",
@@ -316,12 +120,10 @@ def measure(
     quiet: Quiet = False,
 ) -> None:
     """Measure a compressed model against the dense one: quality, speed, memory, energy."""
-    from workbench.formats.folder import is_compressed
     from workbench.runtime import choose_engine
 
     target = None if out is None else check_output_file(out, suffixes=(".json",))
-    if not is_compressed(folder):
-        raise InputError(f"{folder} is not a compressed model: give a folder that `workbench compress` wrote.")
+    require_compressed(folder, "measure reads")
     choose_engine(engine)
     require_text(text)
     from workbench.measure import measure as measure_model

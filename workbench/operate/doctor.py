@@ -54,7 +54,8 @@ def _cpu_engine() -> Check:
         return Check("engine cpu", False, why)
     from workbench.runtime.cpu_build import kernels
 
-    return Check("engine cpu", True, f"a whole decoder step in compiled code; instruction sets {kernels().isas()}")
+    sets = ", ".join(kernels().isas())
+    return Check("engine cpu", True, f"a whole decoder step in compiled code; instruction sets {sets}")
 
 
 def examine() -> Examination:

@@ -39,6 +39,7 @@ class Sampler:
 
 
 GREEDY = Sampler()
+_FEWEST_ROWS, _MOST_ROWS = 8, 128
 
 
 @dataclass(frozen=True)
@@ -90,8 +91,12 @@ class Engine(Protocol):
         """Return an empty sequence. ``replay`` gives recorded decisions per position to use instead of deciding."""
         ...
 
-    def prefill(self, sequence: Any, tokens: Sequence[int]) -> np.ndarray:
-        """Feed a prompt; return the logits after its last token, (vocab,)."""
+    def prefill(self, sequence: Any, tokens: Sequence[int], *, between: Callable[[], None] | None = None) -> np.ndarray:
+        """Feed a prompt; return the logits after its last token, (vocab,).
+
+        With ``between`` the prompt is read in pieces (``prompt_pieces``), and it is called between two of them: what it
+        changes by ``set_policy`` holds for the tokens of the pieces to come.
+        """
         ...
 
     def step(self, sequences: Sequence[Any], tokens: Sequence[int]) -> np.ndarray:
@@ -108,8 +113,12 @@ class Engine(Protocol):
         stop_tokens: Sequence[int] = (),
         job: Job | None = None,
         on_token: Callable[[int], None] | None = None,
+        between: Callable[[], None] | None = None,
     ) -> list[int]:
-        """Prefill ``prompt`` and sample up to ``max_new_tokens``; return the new tokens. Cancels between steps."""
+        """Prefill ``prompt`` and sample up to ``max_new_tokens``; return the new tokens. Cancels between steps.
+
+        ``on_token`` is called with each new token, ``between`` as by ``prefill``.
+        """
         ...
 
     def score(self, tokens: Sequence[int], *, prompt_length: int = 1) -> np.ndarray:
@@ -143,6 +152,23 @@ class Engine(Protocol):
     def close(self) -> None:
         """Free what the engine holds. A closed engine cannot be used again."""
         ...
+
+
+def prompt_pieces(n: int, between: Callable[[], None] | None) -> Iterator[tuple[int, int]]:
+    """Cut a prompt of n tokens into the pieces [begin, end) it is read in: one, or with ``between`` called in between.
+
+    A piece is at most a quarter of what was read before it, so that a policy that follows what was read is never far
+    behind, within bounds: eight tokens are the fewest that are worth a pass through all weights, and a pass of the cpu
+    engine takes 128 rows.
+    """
+    begin = 0
+    while begin < n:
+        size = n if between is None else min(max(_FEWEST_ROWS, begin // 4), _MOST_ROWS)
+        end = min(begin + size, n)
+        yield begin, end
+        begin = end
+        if between is not None and begin < n:
+            between()
 
 
 class Guarded:

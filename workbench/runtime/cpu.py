@@ -16,7 +16,7 @@ import numpy as np
 
 from workbench.errors import EngineError
 from workbench.progress import Job
-from workbench.runtime.base import GREEDY, ActivationMode, Guarded, Sampler, StepTrace, TapCallback
+from workbench.runtime.base import GREEDY, ActivationMode, Guarded, Sampler, StepTrace, TapCallback, prompt_pieces
 from workbench.runtime.cpu_build import build, kernels
 from workbench.runtime.cpu_source import CompressedSource, FolderSource, LoadedSource, Source
 from workbench.runtime.plan import Plan, Policy
@@ -165,13 +165,18 @@ class CpuEngine(Guarded):
                 sequence._core.replay(self._core, np.stack(rows))
         return sequence
 
-    def prefill(self, sequence: CpuSequence, tokens: Sequence[int]) -> np.ndarray:
-        """Feed a prompt; return the logits after its last token, float32 (vocab,)."""
+    def prefill(
+        self, sequence: CpuSequence, tokens: Sequence[int], *, between: Callable[[], None] | None = None
+    ) -> np.ndarray:
+        """Feed a prompt; return the logits after its last token, float32 (vocab,). See ``Engine.prefill``."""
         if sequence.position:
             raise EngineError("This sequence has its prompt already: feed further tokens with step().")
         self._check_tokens(tokens, 0)
         sequence._core.prompt_length = len(tokens)
-        return self._call(self._core.prefill, sequence._core, _ids(tokens))
+        ids = _ids(tokens)
+        for begin, end in prompt_pieces(len(ids), between):
+            logits = self._call(self._core.prefill, sequence._core, ids[begin:end])
+        return logits
 
     def step(self, sequences: Sequence[CpuSequence], tokens: Sequence[int]) -> np.ndarray:
         """Feed one token to each sequence, all in one pass through the weights; return logits float32 (n, vocab)."""
@@ -191,12 +196,13 @@ class CpuEngine(Guarded):
         stop_tokens: Sequence[int] = (),
         job: Job | None = None,
         on_token: Callable[[int], None] | None = None,
+        between: Callable[[], None] | None = None,
     ) -> list[int]:
         """Prefill and sample; see ``Engine.generate``. A stop token ends the reply and is not part of it."""
         job = job or Job()
         room = self._room_after(prompt)
         count = min(max_new_tokens, room)
-        logits = self.prefill(sequence, prompt)
+        logits = self.prefill(sequence, prompt, between=between)
         if count < 1:
             return []
         settings = (float(sampler.temperature), sampler.top_k, float(sampler.top_p))

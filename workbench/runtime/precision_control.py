@@ -107,9 +107,10 @@ class PrecisionController:
 
 
 class Held:
-    """A reply whose average a controller watches: give it to ``Engine.generate`` as ``on_token``.
+    """A text whose average a controller watches, given to ``Engine.generate`` as ``on_token``, its ``look`` as ``between``.
 
-    The prompt is read with the plan's own thresholds; from then on they change every few tokens.
+    Thresholds change between two pieces of the prompt and every few tokens of the reply, each time after what was read
+    before: no token's choice depends on a later token.
     """
 
     def __init__(
@@ -124,14 +125,17 @@ class Held:
         self._seen = 0
 
     def __call__(self, token: int) -> None:
+        """Look now and then, as tokens of the reply are chosen."""
+        if not self._seen or self._sequence.position - self._seen >= _EVERY:
+            self.look()
+
+    def look(self) -> None:
         """Look at what was read since the last look, and change the thresholds of the tokens to come."""
-        done = self._sequence.position
-        if not self._seen or done - self._seen >= _EVERY:
-            self.finish()
-            self._engine.set_policy(self.controller.policy)
+        self.finish()
+        self._engine.set_policy(self.controller.policy)
 
     def finish(self) -> None:
-        """Look at the last tokens, so that the controller's average covers the whole reply."""
+        """Look at the last tokens, so that the controller's average covers the whole text."""
         done = self._sequence.position
         steps = self._sequence.trace[self._seen : done]
         if self.log is not None:

@@ -20,7 +20,7 @@ from workbench.formats.selectors import Selectors, quantile
 from workbench.models.base import Architecture
 from workbench.runtime.base import StepTrace
 
-_SCHEMA = 1
+_SCHEMA = 2
 _FEWEST = 256  # tokens below which shares of tokens are too rough to move thresholds by
 _TELLING = (0.02, 0.98)  # shares of tokens between which a quantile says where a norm lies
 
@@ -66,29 +66,63 @@ class PrecisionLog:
         """Write it as JSON, whole or not at all, replacing a file that is there."""
         target = check_output_file(path)
         values: dict[str, Any] = {"schema": _SCHEMA, "model": self.model, "tokens": self.tokens}
-        write_json(target, values | {"above": self.above.tolist(), "log_cuts": self.log_cuts.tolist()})
+        write_json(target, values | {"read": self.read.tolist(), "log_cuts": self.log_cuts.tolist()})
         return target
+
+    @property
+    def read(self) -> np.ndarray:
+        """Tokens that each unit read at each of its widths, narrowest first, float64 (U, W)."""
+        ends = np.full((len(self.above), 1), float(self.tokens)), np.zeros((len(self.above), 1))
+        return -np.diff(np.hstack([ends[0], self.above, ends[1]]), axis=1)
 
     @classmethod
     def load(cls, path: Path | str, model: str, selectors: Selectors) -> Self:
         """Read a log of this very model.
 
         Raises:
-            InputError: not such a file, or of another model.
+            InputError: not such a file, one that contradicts itself, or one of another model.
         """
-        shape = (len(selectors.highest), len(selectors.widths) - 1)
         try:
             values = json.loads(Path(path).read_bytes())
-            arrays = [np.array(values[name], dtype=np.float64) for name in ("above", "log_cuts")]
-            tokens, name, schema = int(values["tokens"]), str(values["model"]), values["schema"]
         except OSError as error:
             raise InputError(f"Cannot read the log {path}: {error.strerror or error}.") from error
-        except (ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{path} is no log of precision: {error}. 'generate --log' writes one.") from error
-        fits = all(array.shape == shape and np.isfinite(array).all() for array in arrays)
-        if schema != _SCHEMA or name != model or not fits or tokens < 0:
-            raise InputError(f"{path} is the log of another model: retune the model that wrote it.")
-        return cls(name, tokens, *arrays)
+        except (ValueError, RecursionError):
+            raise InputError(
+                f"{path} is not a log of precision, nor any JSON: name a file of 'generate --log'."
+            ) from None
+        fields = ("schema", "model", "tokens", "read", "log_cuts")
+        if (
+            not isinstance(values, dict)
+            or values.get("schema") != _SCHEMA
+            or any(name not in values for name in fields)
+        ):
+            raise InputError(f"{path} is not a log of precision of this version: name a file of 'generate --log'.")
+        if values["model"] != model:
+            raise InputError(
+                f"{path} counts what another model chose, and a log belongs to the model that wrote it: name another "
+                "file, or that model."
+            )
+        tokens, shape = values["tokens"], (len(selectors.highest), len(selectors.widths))
+        read, cuts = _array(values["read"], shape), _array(values["log_cuts"], (shape[0], shape[1] - 1))
+        if read is None or cuts is None or type(tokens) is not int or tokens < 0:
+            raise InputError(
+                f"{path} does not hold this model's units and widths: it was changed, so begin another log."
+            )
+        # Every token was read once by every unit, and the thresholds of a unit's steps, summed over them, ascend.
+        later = selectors.widths[2:] <= selectors.highest[:, None]
+        counted = (read >= 0).all() and (read == np.rint(read)).all() and (read.sum(axis=1) == tokens).all()
+        if not counted or (np.diff(cuts, axis=1)[later] < 0).any() or (tokens == 0 and cuts.any()):
+            raise InputError(f"{path} contradicts itself about {tokens} tokens: it was changed, so begin another log.")
+        return cls(model, tokens, tokens - np.cumsum(read, axis=1)[:, :-1], cuts)
+
+
+def _array(value: Any, shape: tuple[int, ...]) -> np.ndarray | None:
+    """Finite float64 of this shape, or None where it is something else."""
+    try:
+        found = np.array(value, dtype=np.float64)
+    except (ValueError, TypeError):
+        return None
+    return found if found.shape == shape and np.isfinite(found).all() else None
 
 
 def retuned(selectors: Selectors, log: PrecisionLog) -> Selectors:

@@ -22,7 +22,7 @@ from transformers import DynamicCache
 from workbench.errors import EngineError
 from workbench.models.base import Linear, LoadedModel
 from workbench.progress import Job
-from workbench.runtime.base import GREEDY, ActivationMode, Guarded, Sampler, StepTrace, TapCallback
+from workbench.runtime.base import GREEDY, ActivationMode, Guarded, Sampler, StepTrace, TapCallback, prompt_pieces
 from workbench.runtime.decisions import Decisions, programs_of
 from workbench.runtime.plan import (
     PATH_SKIP_ATTENTION,
@@ -106,12 +106,16 @@ class ReferenceEngine(Guarded):
         decisions = Decisions(self.plan, self._policy, replay, self._programs)
         return ReferenceSequence(decisions, DynamicCache(config=self.model.module.config), seed)
 
-    def prefill(self, sequence: ReferenceSequence, tokens: Sequence[int]) -> np.ndarray:
-        """Feed a prompt; return the logits after its last token, float32 (vocab,)."""
+    def prefill(
+        self, sequence: ReferenceSequence, tokens: Sequence[int], *, between: Callable[[], None] | None = None
+    ) -> np.ndarray:
+        """Feed a prompt; return the logits after its last token, float32 (vocab,). See ``Engine.prefill``."""
         if sequence.position:
             raise EngineError("This sequence has its prompt already: feed further tokens with step().")
+        self._check_tokens(tokens, 0)
         sequence.prompt_length = len(tokens)
-        hidden = self._feed(sequence, tokens)
+        for begin, end in prompt_pieces(len(tokens), between):
+            hidden = self._feed(sequence, tokens[begin:end])
         return self._logits(hidden[-1:])[0].numpy()
 
     def step(self, sequences: Sequence[ReferenceSequence], tokens: Sequence[int]) -> np.ndarray:
@@ -131,11 +135,12 @@ class ReferenceEngine(Guarded):
         stop_tokens: Sequence[int] = (),
         job: Job | None = None,
         on_token: Callable[[int], None] | None = None,
+        between: Callable[[], None] | None = None,
     ) -> list[int]:
         """Prefill and sample; see ``Engine.generate``. A stop token ends the reply and is not part of it."""
         job = job or Job()
         room = self._room_after(prompt)
-        logits = self.prefill(sequence, prompt)
+        logits = self.prefill(sequence, prompt, between=between)
         new: list[int] = []
         while len(new) < min(max_new_tokens, room):
             job.check()

@@ -1,0 +1,171 @@
+"""Text from a model at one width or at widths chosen per token, and thresholds refitted to it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from workbench.apply.compress import compress
+from workbench.apply.nested import NestedConfig
+from workbench.apply.precision_config import PrecisionConfig
+from workbench.apply.recipe import Recipe
+from workbench.models import load
+
+Command = Callable[..., Any]
+NESTED = NestedConfig(widths=(2, 3, 5), group_size=16, fit="rounded")
+ASKED = ("Hello", "--new-tokens", "64", "--json")
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> Path:
+    """A compressed model that chooses widths per token."""
+    model = load(str(tiny_folder))
+    folder = tmp_path_factory.mktemp("compressed") / "dynamic"
+    precision = PrecisionConfig(targets=(), calibration_tokens=1024)
+    return compress(model, Recipe.for_model(model, NESTED, precision)).save(folder)
+
+
+@pytest.fixture
+def dynamic(made: Path, tmp_path: Path) -> Path:
+    """The same, in a folder that a test may spoil."""
+    return Path(shutil.copytree(made, tmp_path / "dynamic"))
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_a_nested_model_is_read_at_a_width(workbench: Command, tiny_folder: Path, tmp_path: Path) -> None:
+    recipe, folder = tmp_path / "nested.json", tmp_path / "nested"
+    method = {"method": "nested", "widths": [3, 8], "group_size": 16, "fit": "rounded"}
+    recipe.write_text(json.dumps({"model": str(tiny_folder), "methods": [method]}))
+    made = workbench("compress", tiny_folder, "--recipe", recipe, "--out", folder, "--json")
+    assert made.code == 0, made.err
+    asked = ("Hello", "--new-tokens", "16", "--json")
+    by_width = {w: workbench("generate", folder, *asked, "--width", w).json for w in (3, 8)}
+    assert {w: found["width"] for w, found in by_width.items()} == {3: 3, 8: 8}
+    assert by_width[8]["tokens"] == workbench("generate", folder, *asked).json["tokens"]
+    assert by_width[3]["tokens"] != by_width[8]["tokens"]
+    refused = workbench("generate", folder, *asked, "--width", "4")
+    assert refused.code == 2
+    assert "offers 3, 8" in refused.err
+    refused = workbench("generate", folder, *asked, "--target", "4")
+    assert refused.code == 2
+    assert "dynamic-precision" in refused.err
+
+
+def test_a_target_of_average_bits_is_chosen_when_generating(workbench: Command, dynamic: Path) -> None:
+    realised = [workbench("generate", dynamic, *ASKED, "--target", t).json["realised_bits"] for t in ("2", "3.5", "5")]
+    assert realised[0] < 2.3 < realised[1] < 4.7 < realised[2] <= 5  # the first token is read at the widest
+    plain = workbench("generate", dynamic, *ASKED, "--target", "5").json["tokens"]
+    assert plain == workbench("generate", dynamic, *ASKED).json["tokens"]  # the widest unless something else is said
+    for arguments, message in (
+        (("--target", "9"), "2 to 5 bits"),
+        (("--target", "3", "--width", "3"), "exclude each other"),
+    ):
+        refused = workbench("generate", dynamic, *ASKED, *arguments)
+        assert refused.code == 2
+        assert message in refused.line
+
+
+def test_what_needs_a_target_is_not_ignored_without_one(workbench: Command, dynamic: Path, tmp_path: Path) -> None:
+    log = tmp_path / "new" / "counts.json"
+    for option in (("--no-hold",), ("--hold",), ("--fail-safe",), ("--log", log)):
+        refused = workbench("generate", dynamic, *ASKED, *option)
+        assert refused.code == 2
+        assert refused.line.startswith(f"Error: {option[0]} ")
+        assert "--target" in refused.line
+    assert not log.parent.exists()
+
+
+def test_what_is_no_compressed_model_is_told_from_what_is_not_there(
+    workbench: Command, tiny_folder: Path, tmp_path: Path
+) -> None:
+    nothing, empty = tmp_path / "nothing", tmp_path / "empty"
+    empty.mkdir()
+    log = tmp_path / "log.json"
+    commands: tuple[tuple[Callable[[Path], tuple[object, ...]], str], ...] = (
+        (lambda model: ("generate", model, *ASKED, "--target", "3"), "--target"),
+        (lambda model: ("generate", model, *ASKED, "--width", "3"), "--width"),
+        (lambda model: ("retune", model, "--log", log, "--out", tmp_path / "o"), "retune"),
+        (lambda model: ("measure", model), "measure"),
+    )
+    for words, name in commands:
+        for model, cause in ((nothing, "There is no folder"), (empty, "no model at all"), (tiny_folder, "dense")):
+            refused = workbench(*words(model))
+            assert refused.code == 2
+            assert cause in refused.line
+            assert f"{name} reads" in refused.line
+            assert ("compress it first" in refused.line) == (cause == "dense")
+            assert ("--target" in refused.line) == (name == "--target")
+
+
+def test_a_log_is_kept_and_retunes(workbench: Command, dynamic: Path, tmp_path: Path) -> None:
+    log, retuned = tmp_path / "counts.json", tmp_path / "retuned"
+    asked = ("generate", dynamic, *ASKED, "--target", "3", "--log", log)
+    for _ in range(2):
+        assert workbench(*asked).code == 0
+    few = workbench("retune", dynamic, "--log", log, "--out", retuned)
+    assert "too few" in few.line
+    assert not retuned.exists()
+    for _ in range(4):
+        assert workbench(*asked).code == 0
+    done = workbench("retune", dynamic, "--log", log, "--out", retuned, "--json")
+    assert done.code == 0, done.err
+    assert Path(done.json["out"]) == retuned
+    assert done.json["tokens"] == json.loads(log.read_text())["tokens"]
+    assert done.json["sha256"] != done.json["retuned_from"]
+    assert workbench("generate", retuned, *ASKED, "--target", "3").json["realised_bits"] == pytest.approx(3, abs=0.5)
+    for refused in (
+        workbench("retune", retuned, "--log", log, "--out", tmp_path / "again"),
+        workbench("generate", retuned, *ASKED, "--target", "3", "--log", log),
+    ):
+        assert refused.code == 2
+        assert "another model" in refused.line
+
+
+def test_retuning_never_replaces_what_it_reads(workbench: Command, dynamic: Path, tmp_path: Path) -> None:
+    log = tmp_path / "counts.json"
+    for _ in range(6):
+        assert workbench("generate", dynamic, *ASKED, "--target", "3", "--log", log).code == 0
+    before = files(dynamic)
+    link = tmp_path / "link"
+    link.symlink_to(dynamic)
+    for out in (dynamic, dynamic / ".." / "dynamic", link):
+        refused = workbench("retune", dynamic, "--log", log, "--out", out, "--overwrite")
+        assert refused.code == 2
+        assert "another folder" in refused.line
+    assert files(dynamic) == before
+    other = tmp_path / "other"
+    assert workbench("retune", dynamic, "--log", log, "--out", other).code == 0
+    inside = shutil.copy(log, other / "counts.json")
+    assert "lies in" in workbench("retune", dynamic, "--log", inside, "--out", other, "--overwrite").line
+    assert workbench("retune", dynamic, "--log", log, "--out", other, "--overwrite").code == 0
+
+
+def test_impossible_precision_is_refused_before_anything_is_fitted(workbench: Command, tmp_path: Path) -> None:
+    """The model is not even looked for: there is none."""
+    recipe = tmp_path / "r.json"
+    precision = {"method": "dynamic-precision"}
+    for methods, words in (
+        ([precision], "put 'nested'"),
+        ([precision, {"method": "nested"}], "before"),
+        ([{"method": "nested"}, precision, precision], "twice"),
+        ([{"method": "rtn"}, precision], "put 'nested'"),
+        ([{"method": "nested", "widths": [4]}, precision], "two or more"),
+        ([{"method": "nested"}, {**precision, "targets": [3.5, 6.5]}], "6.5"),
+        ([{"method": "nested"}, {**precision, "targets": [5], "memory_bits": 4.5}], "between 3 and 4.5"),
+        ([{"method": "nested"}, {**precision, "targets": [7], "memory_bits": 9}], "between 3 and 6"),
+        ([{"method": "nested"}, {**precision, "memory_bits": 2, "targets": []}], "nearest is 3"),
+        ([{"method": "nested"}, {**precision, "targets": 3.5}], "a list is needed"),
+    ):
+        recipe.write_text(json.dumps({"model": "none", "methods": methods}))
+        refused = workbench("compress", tmp_path / "none", "--recipe", recipe, "--out", tmp_path / "o")
+        assert refused.code == 2
+        assert words in refused.line
+        assert "tuple" not in refused.line

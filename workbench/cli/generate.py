@@ -1,0 +1,248 @@
+"""Commands that read a model's text: ``generate``, at one width or at widths chosen per token, and ``retune``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from workbench.cli import console
+from workbench.cli.options import EngineName, Json, Threads, require_compressed
+from workbench.errors import InputError
+from workbench.files import check_output_file
+
+if TYPE_CHECKING:
+    from workbench.formats.compressed import CompressedModel
+    from workbench.formats.selectors import Selectors
+    from workbench.progress import Job
+    from workbench.runtime.base import Engine
+    from workbench.runtime.precision_control import Held
+    from workbench.runtime.precision_log import PrecisionLog
+
+
+def register(app: typer.Typer) -> None:
+    """Add this module's commands."""
+    app.command("generate")(generate)
+    app.command("retune")(retune)
+
+
+def generate(
+    model: Annotated[str, typer.Argument(metavar="MODEL|DIR", help="A model, or a compressed model's folder.")],
+    prompt: Annotated[str, typer.Argument(help="What to ask; the model's chat template is applied.")],
+    new_tokens: Annotated[int, typer.Option(min=1)] = 128,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
+    top_k: Annotated[int, typer.Option(min=0)] = 0,
+    top_p: Annotated[float, typer.Option()] = 1.0,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    raw: Annotated[bool, typer.Option("--raw", help="Feed the text as it is, without the chat template.")] = False,
+    width: Annotated[int | None, typer.Option(help="Bits to read a nested model at; its widest if not given.")] = None,
+    target: Annotated[
+        float | None, typer.Option(help="Average bits to read at, chosen per token: models with dynamic precision.")
+    ] = None,
+    hold: Annotated[
+        bool | None,
+        typer.Option(
+            help="With --target: hold the average on it as text is read; done unless --no-hold.", show_default=False
+        ),
+    ] = None,
+    fail_safe: Annotated[
+        bool,
+        typer.Option("--fail-safe", help="With --target: read at the widest once text is unlike the calibration text."),
+    ] = False,
+    log: Annotated[
+        Path | None, typer.Option(help="With --target: add counts of what was chosen, and no text, to this file.")
+    ] = None,
+    engine: EngineName = "auto",
+    threads: Threads = None,
+    as_json: Json = False,
+) -> None:
+    """Generate text with a dense or compressed model."""
+    from workbench.runtime import choose_engine
+    from workbench.runtime.base import Sampler
+
+    sampler = Sampler(temperature, top_k, top_p)
+    choose_engine(engine)
+    if not prompt.strip():
+        raise InputError("The prompt is empty: say what to ask.")
+    if target is not None and width is not None:
+        raise InputError("--width and --target exclude each other: one width for all tokens, or a choice at each.")
+    if target is None:
+        _require_target({"--hold" if hold else "--no-hold": hold is not None, "--fail-safe": fail_safe, "--log": log})
+    watched: Held | None = None
+    with console.running(quiet=True) as job:
+        if target is None:
+            opened = _at_width(model, width, engine, threads, job)
+            sequence = opened.start(seed=seed)
+        else:
+            compressed, selectors = _with_selectors(model, "--target reads")
+            counted = None if log is None else _log(log, compressed, selectors)
+            opened = _at_target(compressed, selectors, target, engine, threads, job)
+            sequence = opened.start(seed=seed)
+            watched = _held(opened, sequence, compressed, target, hold is not False, fail_safe, counted)
+        loaded = opened.model
+        ids = loaded.encode(prompt) if raw else loaded.encode_chat(prompt)
+        reply = opened.generate(
+            sequence,
+            ids,
+            new_tokens,
+            sampler=sampler,
+            stop_tokens=loaded.stop_tokens,
+            job=job,
+            on_token=watched,
+            between=watched.look if watched is not None else None,
+        )
+        if watched is not None:
+            watched.finish()
+            if watched.log is not None and log is not None:
+                watched.log.save(log)
+    steps = [step.seconds for step in sequence.trace[len(ids) :]]
+    per_token = 1000 * sum(steps) / len(steps) if steps else None
+    if as_json:
+        facts: dict[str, Any] = {
+            "model": loaded.name,
+            "engine": opened.name,
+            "tokens": reply,
+            "text": loaded.decode(reply),
+            "prompt_tokens": len(ids),
+            "ms_per_token": per_token,
+            "seed": seed,
+        }
+        if width is not None:
+            facts["width"] = width
+        if watched is not None:
+            facts["target_bits"] = target
+            facts["realised_bits"] = watched.controller.realised
+            facts["warning"] = watched.controller.warning
+        console.show_json(facts)
+        return
+    console.say(loaded.decode(reply))
+    if per_token is not None:
+        console.tell(
+            f"{len(reply)} tokens, {per_token:.1f} ms each on the {opened.name} engine (one run, no claim: use measure)"
+        )
+    if watched is not None:
+        read, warning = watched.controller.realised, watched.controller.warning
+        console.tell(f"Read at {read:.3f} bits on average, prompt included; asked for {target:g}.")
+        if warning:
+            console.tell(warning)
+
+
+def retune(
+    model: Annotated[str, typer.Argument(metavar="DIR", help="A compressed model with dynamic precision.")],
+    log: Annotated[Path, typer.Option(help="What 'generate --log' counted.")],
+    out: Annotated[Path, typer.Option(help="Folder for the retuned model; the other one is left as it is.")],
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a compressed model that is there.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Fit the thresholds of dynamic precision to text as it is, from logged counts; weights stay the same."""
+    from dataclasses import replace
+
+    from workbench.formats.folder import check_output_folder
+    from workbench.runtime.precision_log import PrecisionLog, retuned
+
+    require_compressed(model, "retune reads")
+    _keep_apart(Path(model), log, out)
+    folder = check_output_folder(out, overwrite=overwrite)
+    compressed, selectors = _with_selectors(model, "retune reads")
+    counted = PrecisionLog.load(log, compressed.sha256, selectors)
+    made = replace(compressed, selectors=retuned(selectors, counted), folder=None, recorded_sha256=None)
+    made.save(folder, overwrite=overwrite)
+    if as_json:
+        console.show_json(
+            {"out": str(folder), "sha256": made.sha256, "retuned_from": compressed.sha256, "tokens": counted.tokens}
+        )
+        return
+    console.say(f"Retuned on {counted.tokens:,} tokens: {folder}. Measure it before it replaces the other.")
+
+
+def _require_target(given: dict[str, Any]) -> None:
+    """Refuse options that change nothing without a target."""
+    named = [name for name, value in given.items() if value]
+    if named:
+        verb = "means" if len(named) == 1 else "mean"
+        raise InputError(
+            f"{' and '.join(named)} {verb} something only with --target: give the average bits to read at."
+        )
+
+
+def _keep_apart(model: Path, log: Path, out: Path) -> None:
+    """Refuse an output folder whose replacement would destroy the model, or the log that belongs to it alone."""
+    folder = out.expanduser().resolve()
+    if folder in (source := model.resolve(), *source.parents):
+        raise InputError(
+            f"--out {out} would replace the model that is retuned, and its log belongs to that very model: choose "
+            "another folder."
+        )
+    if folder in log.resolve().parents:
+        raise InputError(f"--out {out} would replace the folder that the log {log} lies in: choose another folder.")
+
+
+def _log(path: Path, compressed: CompressedModel, selectors: Selectors) -> PrecisionLog:
+    """The log at a path, or an empty one where there is none yet."""
+    from workbench.runtime.precision_log import PrecisionLog
+
+    check_output_file(path)
+    if path.exists():
+        return PrecisionLog.load(path, compressed.sha256, selectors)
+    return PrecisionLog.empty(compressed.sha256, selectors)
+
+
+def _with_selectors(model: str, purpose: str) -> tuple[CompressedModel, Selectors]:
+    from workbench.formats.compressed import CompressedModel
+
+    require_compressed(model, purpose)
+    compressed = CompressedModel.load(model)
+    if compressed.selectors is None:
+        raise InputError(
+            f"{model} cannot choose its widths per token: compress with the methods 'nested' and 'dynamic-precision'."
+        )
+    return compressed, compressed.selectors
+
+
+def _at_target(
+    compressed: CompressedModel, selectors: Selectors, target: float, engine: str, threads: int | None, job: Job
+) -> Engine:
+    """Open an engine that chooses widths per token, with the thresholds of calibration."""
+    from workbench.runtime import open_engine
+    from workbench.runtime.precision import precision_plan
+
+    plan = precision_plan(compressed.architecture, selectors, target)
+    return open_engine(compressed, engine=engine, plan=plan, threads=threads, job=job)
+
+
+def _held(
+    engine: Engine,
+    sequence: Any,
+    compressed: CompressedModel,
+    target: float,
+    hold: bool,
+    fail_safe: bool,
+    log: PrecisionLog | None,
+) -> Held:
+    """What watches a sequence and holds it on its target."""
+    from workbench.runtime.precision_control import Held, PrecisionController
+
+    if compressed.selectors is None:
+        raise InputError("The model has no selectors.")
+    parts = compressed.architecture
+    controller = PrecisionController(parts, compressed.selectors, target, hold=hold, fail_safe=fail_safe)
+    return Held(engine, sequence, controller, log)
+
+
+def _at_width(model: str, width: int | None, engine: str, threads: int | None, job: Job) -> Engine:
+    """Open an engine; with a width, on a nested model that is read at it."""
+    from workbench.runtime import open_engine
+
+    if width is None:
+        return open_engine(model, engine=engine, threads=threads, job=job)
+    from workbench.formats.compressed import CompressedModel
+    from workbench.runtime.plan import width_plan
+
+    require_compressed(model, "--width reads")
+    compressed = CompressedModel.load(model)
+    if width not in compressed.widths:
+        offered = ", ".join(map(str, compressed.widths)) or "none: compress with the method 'nested'"
+        raise InputError(f"--width {width} is not possible: this model offers {offered}.")
+    plan = width_plan(compressed.architecture, compressed.widths, width)
+    return open_engine(compressed, engine=engine, plan=plan, threads=threads, job=job)
