@@ -33,7 +33,8 @@ def compress(
         recipe: what to do.
         job: progress in weights encoded; cancels between two matrices.
         allow_other_weights: use a recipe that was written for other weights of this architecture.
-        start: what the recipe without its last method gave, to go on from.
+        start: what the recipe without its last method gave, to go on from where that is one of the stage
+            ``precision``: any other needs what is not stored, such as scales that were folded away.
 
     Raises:
         RecipeError: the recipe is for another model, or names units that this one does not have.
@@ -46,6 +47,8 @@ def compress(
     draft, before = Draft(model), 0.0
     methods = recipe.methods
     if start is not None:
+        if methods[-1].stage != "precision":
+            raise RecipeError(f"Method '{methods[-1].method}' cannot go on from a stored model: leave 'start' out.")
         if start.recipe != recipe.without_last().model_dump(mode="json"):
             raise RecipeError("The model to start from was not made by this recipe without its last method.")
         draft = Draft(model, dict(start.linears), start.embedding, start.output, start.selectors)
@@ -71,7 +74,7 @@ def compress(
         linears=draft.linears,
         embedding=draft.embedding,
         output=draft.output,
-        others=_others(model),
+        others=_others(model) | {name: vector.float() for name, vector in draft.folded.vectors.items()},
         selectors=draft.selectors,
         fit_seconds=before + time.perf_counter() - started,
     )

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional
 
+from workbench.apply.compensate import upper_factor, walk, walking_order
 from workbench.errors import RecipeError
 from workbench.formats.nested import NestedCodes, zero_codes, zero_points
 
@@ -24,7 +25,7 @@ _TINY, _LARGEST = 2.0**-24, 65504.0  # smallest positive and largest fp16: a sca
 _SHRINKS = (1.08, 1.0, 0.93, 0.86, 0.8, 0.74)  # of a group's full range; fewer, wider cells outside cost outliers only
 _VOTERS = 3  # the narrowest widths choose the range: the wide ones have resolution to spare
 _FINER = 4.0**0.9  # how much more the error of one bit more counts in that choice, near the 4 of equal steps
-_BLOCK = 64  # columns whose corrections are applied one by one before the rest is corrected in one product
+_BLOCK = 64  # columns that are moved one by one before the rest is told in one product
 _RIDGE = 1e-4  # relative: keeps groups whose codes are all alike solvable
 _PIECE = 2**24  # numbers in one temporary tensor
 
@@ -195,28 +196,18 @@ def choose(wanted: torch.Tensor, widths: Sequence[int]) -> torch.Tensor:
 
 
 def _compensate(weight: torch.Tensor, h: torch.Tensor, grid: Grid, widths: Sequence[int]) -> torch.Tensor:
-    """Codes (B, out, n): each column's error, at every width, is made up for by the columns that follow.
-
-    With ``U`` the upper Cholesky factor of ``H^-1``, column i's error over ``U_ii`` times ``U_ij`` is taken from every
-    later column j (GPTQ, section 3.3). Strong inputs come first: the later columns have less left to correct them.
-    """
-    n = h.shape[0]
-    order = h.diagonal().argsort(descending=True, stable=True)
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(h[order][:, order]))
-    upper = torch.linalg.cholesky(inverse, upper=True)
+    """Codes (B, out, n): each column's error, at every width, is made up for by the columns that follow."""
+    order = walking_order(h)
     targets = weight.T[order].unsqueeze(1).repeat(1, len(widths), 1)  # (n, B, out)
     columns = _Columns(grid, order)
     codes = torch.empty_like(targets)
-    diagonal = upper.diagonal().tolist()
-    for begin in range(0, n, _BLOCK):
-        end = min(begin + _BLOCK, n)
-        errors = torch.empty_like(targets[begin:end])
-        for i in range(begin, end):
-            scales, zeros, inverse_scales = columns[i]
-            codes[i] = choose(torch.addcmul(zeros, targets[i], inverse_scales), widths)
-            error = errors[i - begin] = torch.addcmul(targets[i], scales, codes[i] - zeros, value=-1).div_(diagonal[i])
-            targets[i + 1 : end].addcmul_(upper[i, i + 1 : end].view(-1, 1, 1), error, value=-1)
-        targets[end:].flatten(1).addmm_(upper[begin:end, end:].T, errors.flatten(1), alpha=-1)
+
+    def residual(i: int, target: torch.Tensor) -> torch.Tensor:
+        scales, zeros, inverse_scales = columns[i]
+        codes[i] = choose(torch.addcmul(zeros, target, inverse_scales), widths)
+        return torch.addcmul(target, scales, codes[i] - zeros, value=-1)
+
+    walk(targets, upper_factor(h[order][:, order]), residual)
     return _in_place_of(order, codes)
 
 
@@ -229,7 +220,7 @@ def _descend(
     ``d H_j`` from R.
     """
     n = h.shape[0]
-    order = h.diagonal().argsort(descending=True, stable=True)
+    order = walking_order(h)
     h = h[order][:, order]
     values = grid.weights(codes)
     rest = (((weight - values)[:, :, order]) @ h).permute(2, 0, 1).contiguous()

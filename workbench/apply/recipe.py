@@ -7,27 +7,41 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import BeforeValidator, Field, field_validator
 
 from workbench.analysis.profile import TextRecord
 from workbench.apply.anyprecision import AnyPrecisionConfig
+from workbench.apply.awq import AwqConfig
 from workbench.apply.bnb import BnbInt8Config, BnbNf4Config
 from workbench.apply.config import MethodConfig, Strict, Whole
 from workbench.apply.gguf import GgufConfig
+from workbench.apply.gptq import GptqConfig
 from workbench.apply.nested import NestedConfig
 from workbench.apply.precision_config import PrecisionConfig
 from workbench.apply.rtn import RtnConfig
+from workbench.apply.salient import SalientConfig
 from workbench.errors import InputError, RecipeError
 from workbench.files import check_output_file, write_whole
 from workbench.formats.manifest import Sha256
 from workbench.models.base import Fingerprint, LoadedModel
 
 AnyMethod = Annotated[
-    RtnConfig | NestedConfig | PrecisionConfig | AnyPrecisionConfig | GgufConfig | BnbNf4Config | BnbInt8Config,
+    RtnConfig
+    | AwqConfig
+    | GptqConfig
+    | SalientConfig
+    | NestedConfig
+    | PrecisionConfig
+    | AnyPrecisionConfig
+    | GgufConfig
+    | BnbNf4Config
+    | BnbInt8Config,
     Field(discriminator="method"),
 ]
+# Methods that leave group codes behind for another one to work on.
+_GRIDS = tuple(m.model_fields["method"].default for m in get_args(get_args(AnyMethod)[0]) if m.grid)
 
 
 class Identity(Strict):
@@ -137,6 +151,13 @@ class Recipe(Strict):
                 f"Recipe: methods[{i}] '{methods[i].method}' and methods[{j}] '{methods[j].method}' both store the "
                 "weights of all units, and a unit has one format: keep one of them."
             )
+        for i, method in enumerate(methods):
+            if method.stage == "codes" and (i == 0 or not methods[i - 1].grid):
+                found = f"after '{methods[i - 1].method}'" if i else "first"
+                raise RecipeError(
+                    f"Recipe: methods[{i}] '{method.method}' works on stored group codes and stands {found}; it goes "
+                    f"right after one of {', '.join(_GRIDS)}."
+                )
         after = [i for i, method in enumerate(methods) if method.stage == "precision"]
         if len(after) > 1 or (after and after[0] < weights[0]):
             raise RecipeError(

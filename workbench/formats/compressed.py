@@ -24,6 +24,7 @@ from workbench.formats import bnb as bnb  # these modules' encodings register th
 from workbench.formats import ggml as ggml
 from workbench.formats import manifest
 from workbench.formats import nested as nested
+from workbench.formats import salient as salient
 from workbench.formats import tables as tables
 from workbench.formats.encodings import Encoding, Tensors, from_parts
 from workbench.formats.folder import MANIFEST, file_sha256, is_compressed, new_folder, refusal
