@@ -52,7 +52,7 @@ class AwqConfig(GridConfig, Calibrated):
     alpha_steps: Annotated[Whole, Field(ge=1, le=100)] = 20
     weight_factor: StrictBool = False
     clip: StrictBool = True
-    joint: StrictBool = False
+    joint: StrictBool = True
 
 
 @dataclass(frozen=True)

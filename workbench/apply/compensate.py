@@ -16,6 +16,21 @@ from workbench.errors import RecipeError
 _BLOCK = 64  # columns whose corrections are applied one by one before the rest is corrected in one product
 
 
+def damped(moment: torch.Tensor, damping: float) -> torch.Tensor:
+    """Return ``H + damping mean(diag H) I``; the identity where no input was ever active: nothing is known of them.
+
+    Args:
+        moment: ``H = E[x x^T]``, (n, n).
+        damping: more where there is little text for the number of channels.
+    """
+    mean = float(moment.diagonal().mean())
+    if mean <= 0:
+        moment, mean = torch.eye(len(moment)), 1.0
+    h = moment.clone()
+    h.diagonal().add_(damping * mean)
+    return h
+
+
 def walking_order(h: torch.Tensor) -> torch.Tensor:
     """Return the columns from the strongest input to the weakest, int64 (n,): the last have little left to spoil.
 

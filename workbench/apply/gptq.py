@@ -22,9 +22,10 @@ from torch import nn
 
 from workbench.analysis.blocks import BlockStates
 from workbench.apply.calibration import Calibrated, calibration_windows, check_finite
+from workbench.apply.compensate import damped
 from workbench.apply.config import MethodConfig
 from workbench.apply.draft import Draft
-from workbench.apply.gptq_fit import Target, compensated, damped
+from workbench.apply.gptq_fit import Target, compensated
 from workbench.apply.registry import register
 from workbench.apply.workers import side_by_side
 from workbench.corpus import TextRecord

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
+from workbench.apply import nested_fit
 from workbench.apply.compensate import drift_factor, upper_factor, walk, walking_order
 from workbench.formats.codes import GroupCodes
 
@@ -21,16 +22,6 @@ class Target:
 
     moment: torch.Tensor
     drift: torch.Tensor | None = None
-
-
-def damped(moment: torch.Tensor, damping: float) -> torch.Tensor:
-    """Return ``H + damping mean(diag H) I``; the identity where no input was ever active."""
-    mean = float(moment.diagonal().mean())
-    if mean <= 0:
-        return torch.eye(len(moment))
-    damped = moment.clone()
-    damped.diagonal().add_(damping * mean)
-    return damped
 
 
 def compensated(
@@ -68,4 +59,19 @@ def compensated(
     walk(columns, upper, residual, drift)
     found = torch.empty_like(codes)
     found[order] = codes
-    return GroupCodes(found.T.to(torch.uint8).contiguous(), grid.scales, grid.zeros, grid.bits, grid.group_size)
+    chosen = GroupCodes(found.T.to(torch.uint8).contiguous(), grid.scales, grid.zeros, grid.bits, grid.group_size)
+    return _refitted(weight, chosen, target) if refit else chosen
+
+
+def _refitted(weight: torch.Tensor, codes: GroupCodes, target: Target) -> GroupCodes:
+    """The same codes under the scales that keep the outputs best, all groups of a row solved for together."""
+    if target.drift is not None:  # what on the inputs x' gives the outputs of W on x: W + W D H^-1
+        factor = torch.linalg.cholesky(target.moment)
+        weight = weight + torch.cholesky_solve((weight @ target.drift).T, factor).T
+    size = codes.group_size
+    zeros = torch.full_like(codes.scales, 2 ** (codes.bits - 1)) if codes.zeros is None else codes.zeros
+    grid = nested_fit.Grid(codes.scales.float().unsqueeze(0), zeros.float().unsqueeze(0))
+    padded = nested_fit.pad_weight(codes.codes, size).float().unsqueeze(0)
+    h = nested_fit.pad_moment(target.moment, size)
+    scales = nested_fit.solve_scales(nested_fit.pad_weight(weight, size), h, padded, grid).scales[0].half()
+    return replace(codes, scales=scales)

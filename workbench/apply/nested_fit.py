@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional
 
-from workbench.apply.compensate import upper_factor, walk, walking_order
+from workbench.apply.compensate import damped, upper_factor, walk, walking_order
 from workbench.errors import RecipeError
 from workbench.formats.nested import NestedCodes, zero_codes, zero_points
 
@@ -55,7 +55,7 @@ def round_matrix(weight: torch.Tensor, widths: Sequence[int], group_size: int) -
         RecipeError: a weight is not finite, or too large for fp16 scales.
     """
     group_size = min(group_size, weight.shape[1])
-    padded = _pad_weight(weight, group_size)
+    padded = pad_weight(weight, group_size)
     grid = start_grid(padded, torch.ones(padded.shape[1]), widths, group_size)
     rows = max(1, _PIECE // (8 * padded.shape[1]))
     codes = []
@@ -83,30 +83,27 @@ def fit_matrix(
         RecipeError: a weight is not finite, or too large for fp16 scales.
     """
     group_size = min(group_size, weight.shape[1])
-    padded, h = _pad_weight(weight, group_size), damped(moment, damping, group_size)
+    padded, h = pad_weight(weight, group_size), pad_moment(damped(moment, damping), group_size)
     power = functional.pad(moment.diagonal(), (0, h.shape[0] - moment.shape[0]))
     grid = start_grid(padded, power, widths, group_size)
     codes = _compensate(padded, h, grid, widths)
     grid = _solve_grid(padded, h, codes, grid, widths)
     codes = _descend(padded, h, codes, grid, widths)
-    grid = _solve_scales(padded, h, codes, grid)
+    grid = solve_scales(padded, h, codes, grid)
     return _pack(codes[-1][:, : weight.shape[1]], grid, widths, group_size)
 
 
-def damped(moment: torch.Tensor, damping: float, group_size: int) -> torch.Tensor:
-    """Return ``H + damping mean(diag H) I``, padded to whole groups; the identity where no input was ever active.
+def pad_moment(h: torch.Tensor, group_size: int) -> torch.Tensor:
+    """Pad a moment (n, n) to whole groups.
 
     The padding is almost weightless and tied to nothing, so that no scale and no other column follows it, and the
     matrix stays positive definite.
     """
-    n = moment.shape[0]
-    mean = float(moment.diagonal().mean())
-    if mean <= 0:  # nothing is known of the inputs: all alike
-        moment, mean = torch.eye(n), 1.0
-    h = functional.pad(moment, (0, -n % group_size, 0, -n % group_size))
-    h.diagonal()[:n] += damping * mean
-    h.diagonal()[n:] = 1e-6 * mean
-    return h
+    n = h.shape[0]
+    mean = float(h.diagonal().mean())
+    padded = functional.pad(h, (0, -n % group_size, 0, -n % group_size))
+    padded.diagonal()[n:] = 1e-6 * mean
+    return padded
 
 
 def start_grid(weight: torch.Tensor, power: torch.Tensor, widths: Sequence[int], group_size: int) -> Grid:
@@ -295,7 +292,7 @@ def _solve_grid(weight: torch.Tensor, h: torch.Tensor, codes: torch.Tensor, grid
     return fitted
 
 
-def _solve_scales(weight: torch.Tensor, h: torch.Tensor, codes: torch.Tensor, grid: Grid) -> Grid:
+def solve_scales(weight: torch.Tensor, h: torch.Tensor, codes: torch.Tensor, grid: Grid) -> Grid:
     """Scales alone by least squares in the norm of H, all groups of a row together."""
     groups = grid.scales.shape[2]
     unscaled = Grid(torch.ones_like(grid.scales), grid.zeros).weights(codes)
@@ -343,7 +340,7 @@ def _pieces(rows: int, n: int, unknowns: int) -> list[slice]:
     return [slice(begin, begin + step) for begin in range(0, rows, step)]
 
 
-def _pad_weight(weight: torch.Tensor, group_size: int) -> torch.Tensor:
+def pad_weight(weight: torch.Tensor, group_size: int) -> torch.Tensor:
     """Pad rows to whole groups with their last weight, which widens no group's range."""
     return torch.cat([weight, weight[:, -1:].expand(-1, -weight.shape[1] % group_size)], 1)
 

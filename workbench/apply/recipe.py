@@ -142,6 +142,13 @@ class Recipe(Strict):
     @field_validator("methods")
     @classmethod
     def _order(cls, methods: tuple[MethodConfig, ...]) -> tuple[MethodConfig, ...]:
+        for i, method in enumerate(methods):
+            if method.stage == "codes" and (i == 0 or not methods[i - 1].grid):
+                found = f"after '{methods[i - 1].method}'" if i else "first"
+                raise RecipeError(
+                    f"Recipe: methods[{i}] '{method.method}' works on stored group codes and stands {found}; it goes "
+                    f"right after one of {', '.join(_GRIDS)}."
+                )
         weights = [i for i, method in enumerate(methods) if method.stage == "weights"]
         if not weights:
             raise RecipeError("Recipe: methods is empty; name one method that stores the weights, such as 'rtn'.")
@@ -151,13 +158,6 @@ class Recipe(Strict):
                 f"Recipe: methods[{i}] '{methods[i].method}' and methods[{j}] '{methods[j].method}' both store the "
                 "weights of all units, and a unit has one format: keep one of them."
             )
-        for i, method in enumerate(methods):
-            if method.stage == "codes" and (i == 0 or not methods[i - 1].grid):
-                found = f"after '{methods[i - 1].method}'" if i else "first"
-                raise RecipeError(
-                    f"Recipe: methods[{i}] '{method.method}' works on stored group codes and stands {found}; it goes "
-                    f"right after one of {', '.join(_GRIDS)}."
-                )
         after = [i for i, method in enumerate(methods) if method.stage == "precision"]
         if len(after) > 1 or (after and after[0] < weights[0]):
             raise RecipeError(
