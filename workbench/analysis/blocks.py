@@ -61,7 +61,8 @@ class BlockStates:
         """
         self._model = model
         self.block = 0
-        calls, _ = block_calls(model, windows[0])
+        with torch.no_grad():
+            calls, _ = block_calls(model, windows[0])
         self._arguments = [inputs for _, inputs in calls]
         self.states = [calls[0][0].float()]
         for window in windows[1:]:
@@ -105,13 +106,34 @@ class BlockStates:
             hook.remove()
         return found[0].reshape(-1, found[0].shape[-1]).float()
 
-    def advance(self, tick: Callable[[], None] | None = None) -> None:
-        """Move all windows past the present block; ``tick`` is called after each."""
-        for index in range(len(self.states)):
-            self.states[index] = self._run(index).float()
-            if tick is not None:
-                tick()
+    def advance(
+        self, tick: Callable[[], None] | None = None, watch: Sequence[str] = ()
+    ) -> dict[str, list[torch.Tensor]]:
+        """Move all windows past the present block.
+
+        Args:
+            tick: called after each window.
+            watch: module paths of linears of the block.
+
+        Returns:
+            By path of ``watch`` what entered it, (tokens, in) for every window, of the type that it came in.
+        """
+        seen: dict[str, list[torch.Tensor]] = {path: [] for path in watch}
+
+        def note(path: str) -> Callable[[nn.Module, tuple], None]:
+            return lambda _, args: seen[path].append(args[0].reshape(-1, args[0].shape[-1]))
+
+        hooks = [self._model.submodule(path).register_forward_pre_hook(note(path)) for path in watch]
+        try:
+            for index in range(len(self.states)):
+                self.states[index] = self._run(index).float()
+                if tick is not None:
+                    tick()
+        finally:
+            for hook in hooks:
+                hook.remove()
         self.block += 1
+        return seen
 
     def _run(self, index: int) -> torch.Tensor:
         with torch.no_grad(), half_products(self._model):

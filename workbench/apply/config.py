@@ -76,6 +76,11 @@ class MethodConfig(Strict):
 
     method: str
 
+    @property
+    def label(self) -> str:
+        """What tables call it."""
+        return self.method
+
 
 def explain(error: ValidationError, model: type[BaseModel]) -> str:
     """Return one line for a failed validation: the field, its value, what is allowed, and the nearest valid choice."""

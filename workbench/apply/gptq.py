@@ -11,8 +11,7 @@ asymmetric) and one unit's moments.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
@@ -57,6 +56,10 @@ class GptqConfig(MethodConfig, Calibrated):
     damping: Annotated[float, Field(gt=0, le=10)] = 0.1
     refit: StrictBool = False
 
+    @property
+    def label(self) -> str:
+        return "gptaq" if self.asymmetric else "gptq"
+
 
 @dataclass(frozen=True)
 class FittedGptq:
@@ -97,10 +100,11 @@ class Gptq:
             dense = BlockStates(model, tokens) if config.asymmetric else None
             for block in range(model.architecture.n_blocks):
                 here = [unit for unit in units if unit.block == block]
+                was = {} if dense is None else dense.advance(job.check, [unit.linears[0].path for unit in here])
                 weights = {linear: draft.folded_weight(linear) for unit in here for linear in unit.linears}
                 with _Changed(model, weights, draft.folded.vectors) as changed:
                     for unit in here:
-                        target = _target(draft, config, unit, coded, dense, changed, job)
+                        target = _target(draft, config, unit, coded, was.get(unit.linears[0].path), job)
                         wanted = {linear: weights[linear] for linear in unit.linears if linear.id in stored}
                         found |= _codes(wanted, stored, target, config, job)
                         for linear in unit.linears:
@@ -108,8 +112,6 @@ class Gptq:
                             changed.settle(linear, weight)
                         job.advance()
                     coded.advance(job.check)
-                if dense is not None:
-                    dense.advance(job.check)
         return FittedGptq(found, text)
 
     def apply(self, draft: Draft, config: GptqConfig, fitted: FittedGptq, *, job: Job) -> None:
@@ -137,18 +139,12 @@ def _codes(
 
 
 def _target(
-    draft: Draft,
-    config: GptqConfig,
-    unit: Unit,
-    coded: BlockStates,
-    dense: BlockStates | None,
-    changed: _Changed,
-    job: Job,
+    draft: Draft, config: GptqConfig, unit: Unit, coded: BlockStates, was: list[torch.Tensor] | None, job: Job
 ) -> Target:
-    """Moments of a unit's inputs x' as they now are, and of their distance from the dense model's."""
+    """Moments of a unit's inputs x' as they now are, and of how far they are from the dense model's, ``was``."""
     first = unit.linears[0]
     moment = torch.zeros(first.in_features, first.in_features)
-    drift = torch.zeros_like(moment) if dense is not None else None
+    drift = None if was is None else torch.zeros_like(moment)
     scales = draft.folded.columns.get(first.id)
     tokens = 0
     for index in range(len(coded.states)):
@@ -156,10 +152,9 @@ def _target(
         now = coded.inputs(first.path, index).cpu()
         moment.addmm_(now.T, now)
         tokens += len(now)
-        if dense is not None and drift is not None:
-            with changed.as_it_was():
-                was = dense.inputs(first.path, index).cpu()
-            drift.addmm_((was if scales is None else was / scales).sub_(now).T, now)
+        if was is not None and drift is not None:
+            dense = was[index].float().cpu()
+            drift.addmm_(((dense if scales is None else dense / scales) - now).T, now)
     if not bool(moment.isfinite().all()):
         raise RecipeError(f"The activations that enter {unit.id} are not finite: load {draft.model.name} in float32.")
     moment = damped(moment.div_(tokens), config.damping)
@@ -204,15 +199,6 @@ class _Changed:
 
     def __exit__(self, *error: object) -> None:
         self._put(self._dense)
-
-    @contextmanager
-    def as_it_was(self) -> Iterator[None]:
-        """Inside, the block is the dense model's."""
-        self._put(self._dense)
-        try:
-            yield
-        finally:
-            self._put(self._changed)
 
     def _parameter(self, values: torch.Tensor) -> nn.Parameter:
         return nn.Parameter(values.to(self._model.device, self._model.dtype), requires_grad=False)

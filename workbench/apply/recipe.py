@@ -181,6 +181,15 @@ class Recipe(Strict):
             }
         )
 
+    @property
+    def label(self) -> str:
+        """What tables call it: the method, or those that make up the codes together (``awq+gptq``)."""
+        last = self.methods[-1]
+        if last.stage != "codes":
+            return last.label
+        named = [m.label for m in self.methods if m.stage != "precision"]
+        return "+".join(named if named[0] != "rtn" else named[1:])  # plain rounding is what the others correct
+
     def without_last(self) -> Self:
         """Return the recipe of everything but the last method."""
         return self.model_copy(update={"methods": self.methods[:-1]})
