@@ -19,6 +19,7 @@ from workbench.apply.gptq_fit import Target, compensated
 from workbench.apply.recipe import Recipe
 from workbench.apply.rtn import RtnConfig
 from workbench.apply.salient import SalientConfig
+from workbench.apply.tune import TuneConfig
 from workbench.errors import Cancelled, RecipeError
 from workbench.formats.codes import dequantize, quantize_groups
 from workbench.formats.compressed import CompressedModel
@@ -276,6 +277,40 @@ def test_a_stored_model_lacks_what_it_needs(tiny_model: LoadedModel) -> None:
     awq, gptq = AwqConfig(**GRID, calibration_tokens=TOKENS), GptqConfig(calibration_tokens=TOKENS)
     with pytest.raises(RecipeError, match="'start'"):
         compress(tiny_model, Recipe.for_model(tiny_model, awq, gptq), start=made(tiny_model, awq))
+
+
+# Tuned scales ---------------------------------------------------------------------------------------------------------
+
+
+def test_tuned_scales_bring_the_model_closer_and_change_nothing_else(tiny_model: LoadedModel) -> None:
+    from workbench.analysis.divergence import dense_states, divergence, in_place_of_dense
+    from workbench.apply.calibration import calibration_windows
+
+    awq = AwqConfig(bits=2, group_size=16, calibration_tokens=TOKENS)
+    before = made(tiny_model, awq, GptqConfig(calibration_tokens=TOKENS))
+    parameters = dict(tiny_model.module.named_parameters())
+    after = made(tiny_model, awq, GptqConfig(calibration_tokens=TOKENS), TuneConfig(calibration_tokens=TOKENS))
+    assert all(parameters[name] is value for name, value in tiny_model.module.named_parameters())
+    tokens, _ = calibration_windows(tiny_model, TOKENS, 0, Job())
+    dense = dense_states(tiny_model, tokens)
+
+    def distance(found: CompressedModel) -> float:
+        weights = {name: torch.nn.Parameter(e.dequantize(), False) for name, e in found.linears.items()}
+        norms = {name: vector for name, vector in found.others.items() if vector.dim() == 1}
+        with in_place_of_dense(tiny_model, weights, norms), torch.no_grad():
+            each = [divergence(tiny_model, d, torch.tensor([w])) for d, w in zip(dense, tokens, strict=True)]
+        return float(torch.stack(each).mean())
+
+    assert distance(after) < 0.95 * distance(before)
+    for name, encoding in before.linears.items():
+        other = after.linears[name]
+        assert isinstance(encoding, Groups)
+        assert isinstance(other, Groups)
+        assert torch.equal(encoding.packed, other.packed)
+        assert not torch.equal(encoding.scales, other.scales)
+    assert before.effective_bits == after.effective_bits
+    with pytest.raises(RecipeError, match=r"blocks\.0\.o"):
+        made(tiny_model, RtnConfig(**GRID, unit_bits={"blocks.0.o": 16}), TuneConfig(calibration_tokens=TOKENS))
 
 
 # Blocks ---------------------------------------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ from workbench.apply.nested import NestedConfig
 from workbench.apply.precision_config import PrecisionConfig
 from workbench.apply.rtn import RtnConfig
 from workbench.apply.salient import SalientConfig
+from workbench.apply.tune import TuneConfig
 from workbench.errors import InputError, RecipeError
 from workbench.files import check_output_file, write_whole
 from workbench.formats.manifest import Sha256
@@ -31,6 +32,7 @@ AnyMethod = Annotated[
     RtnConfig
     | AwqConfig
     | GptqConfig
+    | TuneConfig
     | SalientConfig
     | NestedConfig
     | PrecisionConfig
