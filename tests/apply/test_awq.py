@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -68,13 +69,13 @@ def test_folding_leaves_the_function_as_it_is(family: str, make_model: Callable[
     ids = torch.arange(60).view(2, 30)
     with torch.no_grad():
         before = model.module(input_ids=ids).logits
-    folded, generator = Folded.nothing(), torch.Generator().manual_seed(1)
+    folded, generator = Folded(), torch.Generator().manual_seed(1)
     for unit in model.architecture.units:
         fold = find_fold(model.architecture, unit)
         assert fold is not None or family == "gemma3_text"
         if fold is not None:
             scales = torch.randn(unit.linears[0].in_features, generator=generator, dtype=torch.float64).exp()
-            folded.scale(model, unit, fold, fold.tie(scales))
+            folded.scale(model, unit, fold.tie(scales))
     state = model.module.state_dict()
     with torch.no_grad():
         for linear in model.architecture.linears:
@@ -219,6 +220,22 @@ def test_the_same_recipe_gives_the_same_bytes(tiny_model: LoadedModel) -> None:
     assert made(tiny_model).sha256 != made(tiny_model, clip=False).sha256
 
 
+def test_scales_that_were_folded_away_are_kept_beside_the_weights(tiny_model: LoadedModel, tmp_path: Path) -> None:
+    found = made(tiny_model)
+    again = CompressedModel.load(found.save(tmp_path / "model"))
+    assert found.input_scales.keys() == again.input_scales.keys()
+    assert len(found.input_scales) > 6
+    assert again.weight_bytes == found.weight_bytes  # nothing computes with them
+    for linear in tiny_model.architecture.linears:
+        dense, scales = tiny_model.linear_module(linear.id).weight, again.input_scales.get(linear.unit)
+        if linear.role in ("q", "k", "gate") and scales is not None:
+            weight = again.linears[linear.id].dequantize() / scales
+            assert (weight - dense).norm() < 0.3 * dense.norm()
+    (tmp_path / "model" / "input_scales.safetensors").write_bytes(b"no")
+    with pytest.raises(IntegrityError, match="input_scales"):
+        CompressedModel.load(tmp_path / "model")
+
+
 def test_it_runs_in_the_engines_as_codes_do(tiny_model: LoadedModel) -> None:
     found = made(tiny_model)
     tokens = list(range(40, 80))
@@ -257,7 +274,7 @@ def test_a_damaged_model_is_refused(tiny_model: LoadedModel) -> None:
 # Salient channels -----------------------------------------------------------------------------------------------------
 
 
-def test_kept_channels_are_exact_and_counted(tiny_model: LoadedModel, tmp_path: Any) -> None:
+def test_kept_channels_are_exact_and_counted(tiny_model: LoadedModel, tmp_path: Path) -> None:
     rtn = RtnConfig(bits=3, group_size=16)
     plain = compress(tiny_model, Recipe.for_model(tiny_model, rtn))
     kept = SalientConfig(share=0.1, calibration_tokens=512)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -87,7 +88,7 @@ def test_independent_inputs_leave_nothing_to_compensate() -> None:
 @settings(max_examples=25, deadline=None)
 @given(st.integers(1, 80), st.integers(0, 50))
 def test_the_factor_is_of_the_inverse(n: int, seed: int) -> None:
-    h = damped(moment_of(inputs(n, seed)), 0.1).double()
+    h = damped(moment_of(inputs(n, seed).double()), 0.1)
     upper = upper_factor(h)
     assert torch.equal(upper, upper.triu())
     torch.testing.assert_close(upper.T @ upper @ h, torch.eye(n, dtype=torch.float64), atol=1e-6, rtol=0)
@@ -273,10 +274,15 @@ def test_nothing_but_dense_weights_is_refused(tiny_model: LoadedModel) -> None:
         made(tiny_model, RtnConfig(bits=16), GptqConfig(calibration_tokens=TOKENS))
 
 
-def test_a_stored_model_lacks_what_it_needs(tiny_model: LoadedModel) -> None:
-    awq, gptq = AwqConfig(**GRID, calibration_tokens=TOKENS), GptqConfig(calibration_tokens=TOKENS)
-    with pytest.raises(RecipeError, match="'start'"):
-        compress(tiny_model, Recipe.for_model(tiny_model, awq, gptq), start=made(tiny_model, awq))
+def test_going_on_from_what_is_stored_gives_the_same(tiny_model: LoadedModel, tmp_path: Path) -> None:
+    awq = AwqConfig(**GRID, calibration_tokens=TOKENS)
+    methods = (awq, GptqConfig(calibration_tokens=TOKENS, asymmetric=True), TuneConfig(calibration_tokens=TOKENS))
+    whole = made(tiny_model, *methods)
+    stored = made(tiny_model, awq)
+    for count in (2, 3):
+        stored = CompressedModel.load(stored.save(tmp_path / str(count)))
+        stored = compress(tiny_model, Recipe.for_model(tiny_model, *methods[:count]), start=stored)
+    assert stored.sha256 == whole.sha256
 
 
 # Tuned scales ---------------------------------------------------------------------------------------------------------

@@ -54,7 +54,7 @@ def test_every_method_is_there_on_both_texts(rows: list[dict[str, Any]]) -> None
 def test_quick_keeps_the_rows_of_the_claim(quick: list[dict[str, Any]]) -> None:
     assert [(r["method"], r["bits"]) for r in quick] == [
         ("bf16", 16),
-        *[(method, bits) for bits in (3, 4) for method in ("rtn", "awq", quantization_methods.BEST)],
+        *[(method, bits) for bits in (3, 4) for method in ("rtn", "awq", "awq+gptaq", "learnt")],
     ]
     assert {r["text"] for r in quick} == {"pydoc"}
 

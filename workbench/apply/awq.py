@@ -118,9 +118,8 @@ class Awq:
         for unit in architecture.units:
             found = fitted.units[unit.id]
             shares |= {linear.id: share for linear, share in zip(unit.linears, found.shares, strict=True)}
-            fold = find_fold(architecture, unit)
-            if found.scales is not None and fold is not None:
-                draft.folded.scale(draft.model, unit, fold, found.scales)
+            if found.scales is not None:
+                draft.folded.scale(draft.model, unit, found.scales)
 
         def encode(linear: Linear, weight: torch.Tensor) -> Encoding:
             bits = fitted.bits[linear.id]

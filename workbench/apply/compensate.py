@@ -25,7 +25,7 @@ def damped(moment: torch.Tensor, damping: float) -> torch.Tensor:
     """
     mean = float(moment.diagonal().mean())
     if mean <= 0:
-        moment, mean = torch.eye(len(moment)), 1.0
+        moment, mean = torch.eye(len(moment), dtype=moment.dtype), 1.0
     h = moment.clone()
     h.diagonal().add_(damping * mean)
     return h

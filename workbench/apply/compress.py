@@ -8,6 +8,7 @@ import torch
 
 from workbench.apply import precision as precision  # registers itself
 from workbench.apply.draft import Draft, n_weights
+from workbench.apply.folding import Folded
 from workbench.apply.recipe import Recipe
 from workbench.apply.registry import handler
 from workbench.errors import RecipeError
@@ -33,8 +34,7 @@ def compress(
         recipe: what to do.
         job: progress in weights encoded; cancels between two matrices.
         allow_other_weights: use a recipe that was written for other weights of this architecture.
-        start: what the recipe without its last method gave, to go on from where that is one of the stage
-            ``precision``: any other needs what is not stored, such as scales that were folded away.
+        start: what the recipe without its last method gave, to go on from.
 
     Raises:
         RecipeError: the recipe is for another model, or names units that this one does not have.
@@ -47,11 +47,10 @@ def compress(
     draft, before = Draft(model), 0.0
     methods = recipe.methods
     if start is not None:
-        if methods[-1].stage != "precision":
-            raise RecipeError(f"Method '{methods[-1].method}' cannot go on from a stored model: leave 'start' out.")
         if start.recipe != recipe.without_last().model_dump(mode="json"):
             raise RecipeError("The model to start from was not made by this recipe without its last method.")
-        draft = Draft(model, dict(start.linears), start.embedding, start.output, start.selectors)
+        folded = Folded.of(model, start.input_scales)
+        draft = Draft(model, dict(start.linears), start.embedding, start.output, start.selectors, folded)
         before, methods = start.fit_seconds or 0.0, methods[-1:]
     for config in methods:
         method = handler(config)
@@ -76,6 +75,7 @@ def compress(
         output=draft.output,
         others=_others(model) | {name: vector.float() for name, vector in draft.folded.vectors.items()},
         selectors=draft.selectors,
+        input_scales=dict(draft.folded.scales),
         fit_seconds=before + time.perf_counter() - started,
     )
 

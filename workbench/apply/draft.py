@@ -33,7 +33,7 @@ class Draft:
     embedding: Encoding | None = None
     output: Encoding | None = None
     selectors: Selectors | None = None
-    folded: Folded = field(default_factory=Folded.nothing)
+    folded: Folded = field(default_factory=Folded)
 
     def weight(self, path: str) -> torch.Tensor:
         """Weights of the module at ``path``, float32 on the CPU, so that any device gives the same codes."""

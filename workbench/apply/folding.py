@@ -13,6 +13,7 @@ Otherwise (GELU without a gate) the unit's inputs stay as they are.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -97,18 +98,25 @@ class Folded:
     """A dense model with some inputs scaled: the same function in other weights. The model itself stays as it is.
 
     Attributes:
+        scales: by unit id, (in,).
         columns: by linear id, what its columns are multiplied by, (in,).
         rows: by linear id, what its rows and its bias are divided by, (out,).
         vectors: replaced norms and biases, by state-dict name.
     """
 
-    columns: dict[str, torch.Tensor]
-    rows: dict[str, torch.Tensor]
-    vectors: dict[str, torch.Tensor]
+    scales: dict[str, torch.Tensor] = field(default_factory=dict)
+    columns: dict[str, torch.Tensor] = field(default_factory=dict)
+    rows: dict[str, torch.Tensor] = field(default_factory=dict)
+    vectors: dict[str, torch.Tensor] = field(default_factory=dict)
 
     @classmethod
-    def nothing(cls) -> Folded:
-        return cls({}, {}, {})
+    def of(cls, model: LoadedModel, scales: Mapping[str, torch.Tensor]) -> Folded:
+        """Fold tied scales (in,), by unit id, of units that have a place for them."""
+        folded = cls()
+        for unit in model.architecture.units:
+            if unit.id in scales:
+                folded.scale(model, unit, scales[unit.id])
+        return folded
 
     def weight(self, linear: Linear, weight: torch.Tensor) -> torch.Tensor:
         """Return a linear's dense weights (out, in) as they are after folding, in its dtype."""
@@ -118,12 +126,16 @@ class Folded:
             weight = weight / self.rows[linear.id].to(weight).unsqueeze(1)
         return weight
 
-    def scale(self, model: LoadedModel, unit: Unit, fold: Fold, scales: torch.Tensor) -> None:
+    def scale(self, model: LoadedModel, unit: Unit, scales: torch.Tensor) -> None:
         """Multiply the columns of a unit's linears by tied scales (in,), and fold the inverse away.
 
-        A unit is scaled once.
+        A unit is scaled once, and only where ``find_fold`` finds a place.
         """
+        fold = find_fold(model.architecture, unit)
+        if fold is None or unit.id in self.scales:
+            raise ValueError(f"{unit.id} cannot be scaled")
         state = model.module.state_dict()
+        self.scales[unit.id] = scales
         for linear in unit.linears:
             self.columns[linear.id] = scales
         if fold.norm is not None:

@@ -24,8 +24,8 @@ def fitted(store: Store, model: LoadedModel, recipe: Recipe, job: Job | None = N
     folder = store.model_folder(f"fit-{model.fingerprint.weights[:12]}-{recipe.sha256[:16]}")
     if is_compressed(folder):
         return CompressedModel.load(folder)
-    # What dynamic precision goes on from is kept too: the next recipe may differ in it alone.
-    start = fitted(store, model, recipe.without_last(), job) if recipe.methods[-1].stage == "precision" else None
+    # Methods before the last are kept too: the next recipe may differ in the last alone.
+    start = fitted(store, model, recipe.without_last(), job) if len(recipe.methods) > 1 else None
     made = compress(model, recipe, job=job, start=start)
     made.save(folder)
     return made

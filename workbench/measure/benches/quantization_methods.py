@@ -12,10 +12,10 @@ from workbench.apply.bnb import BnbInt8Config, BnbNf4Config
 from workbench.apply.calibration import CalibrationText
 from workbench.apply.config import MethodConfig
 from workbench.apply.gptq import GptqConfig
-from workbench.apply.nested import NestedConfig
 from workbench.apply.recipe import Recipe
 from workbench.apply.rtn import RtnConfig
 from workbench.apply.salient import SalientConfig
+from workbench.apply.tune import TuneConfig
 from workbench.formats.compressed import CompressedModel
 from workbench.models import load
 from workbench.models.base import LoadedModel
@@ -23,8 +23,7 @@ from workbench.runtime import open_engine
 from workbench.runtime.base import Engine
 
 BITS = (3, 4)
-BEST = "awq+gptaq"  # of the compensated methods, by what is noted in docs/notes/awq.md
-_QUICK = ("rtn", "awq", BEST)
+_QUICK = ("rtn", "awq", "awq+gptaq", "learnt")
 _GROUP_SIZE = 64
 _OUTPUT_BITS = 16  # the claim is about the blocks' linears
 _SALIENT_BITS, _SHARE = 3, 0.01
@@ -105,7 +104,7 @@ def _methods(bits: int, text: CalibrationText = "self") -> dict[str, Sequence[Me
         "gptaq": (rtn, gptaq),
         "awq+gptq": (awq, gptq),
         "awq+gptaq": (awq, gptaq),
-        "learnt": (NestedConfig(widths=(bits,), group_size=_GROUP_SIZE, output_bits=_OUTPUT_BITS),),
+        "learnt": (awq, gptaq, TuneConfig(calibration=text)),
     }
 
 
