@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from workbench.apply import calibration
 from workbench.measure.bench import run_bench
 from workbench.measure.benches import engine, quantization, quantization_methods
 
@@ -25,7 +24,7 @@ def patched() -> Any:
         patch.setattr(quantization_methods, "_GROUP_SIZE", GROUP_SIZE)
         patch.setattr(engine, "PAIRS_FOR_A_CLAIM", 2)
         patch.setattr(engine, "_NEW_TOKENS", 8)
-        patch.setattr(calibration.Calibrated.model_fields["calibration_tokens"], "default", 512)
+        patch.setattr(quantization_methods, "_TOKENS", 512)
         yield patch
 
 

@@ -31,7 +31,7 @@ class Calibrated(Strict):
     """
 
     calibration: CalibrationText = "self"
-    calibration_tokens: Annotated[Whole, Field(ge=FEWEST_TOKENS)] = 13824
+    calibration_tokens: Annotated[Whole, Field(ge=FEWEST_TOKENS)] = 27648
 
 
 def check_finite(model: LoadedModel, way_out: str | None = None) -> None:
@@ -66,11 +66,22 @@ def calibration_windows(
 ) -> tuple[list[tuple[int, ...]], TextRecord]:
     """Windows of one length, of text that the model sampled or of a text's split: never what it is measured on.
 
+    Sampled text is kept with the model: several methods of a recipe, and several recipes, learn from the same.
+
     Raises:
         CorpusError: the model's context is too short to sample text.
     """
     if text != "self":
         return _windows_of(text, model, n_tokens, seed, split)
+    key = ("calibration", split, n_tokens, seed)
+    if key not in model.derived:
+        model.derived[key] = _sampled(model, n_tokens, seed, job, split)
+    return model.derived[key]
+
+
+def _sampled(
+    model: LoadedModel, n_tokens: int, seed: int, job: Job, split: Split
+) -> tuple[list[tuple[int, ...]], TextRecord]:
     # Documents as long as the tokens allow in one batch, and shorter than the context by what a start takes.
     length = min(_SAMPLED, model.architecture.context_length - 8, -(-n_tokens // _BATCH))
     corpus = open_text("self", split, model=model, n_tokens=n_tokens, seed=seed, length=length, job=job)

@@ -53,7 +53,7 @@ class GptqConfig(MethodConfig, Calibrated):
     asymmetric: StrictBool = False
     drift: Annotated[float, Field(gt=0, le=1)] = 0.5
     act_order: StrictBool = True
-    damping: Annotated[float, Field(gt=0, le=10)] = 0.1
+    damping: Annotated[float, Field(gt=0, le=10)] = 0.2
     refit: StrictBool = False
 
     @property

@@ -26,8 +26,10 @@ BITS = (3, 4)
 _QUICK = ("rtn", "awq", "awq+gptaq", "learnt")
 _GROUP_SIZE = 64
 _OUTPUT_BITS = 16  # the claim is about the blocks' linears
+_NF4_BLOCK = 64  # weights per scale, bitsandbytes' own default
 _SALIENT_BITS, _SHARE = 3, 0.01
 _SHIFT_BITS = 3
+_TOKENS = GptqConfig().calibration_tokens
 
 
 @dataclass(eq=False)
@@ -95,8 +97,13 @@ def weight_only(model: LoadedModel, quick: bool) -> list[Contender]:
 
 def _methods(bits: int, text: CalibrationText = "self") -> dict[str, Sequence[MethodConfig]]:
     rtn = RtnConfig(bits=bits, group_size=_GROUP_SIZE, output_bits=_OUTPUT_BITS)
-    awq = AwqConfig(bits=bits, group_size=_GROUP_SIZE, output_bits=_OUTPUT_BITS, calibration=text)
-    gptq, gptaq = GptqConfig(calibration=text), GptqConfig(calibration=text, asymmetric=True)
+    awq = AwqConfig(
+        bits=bits, group_size=_GROUP_SIZE, output_bits=_OUTPUT_BITS, calibration=text, calibration_tokens=_TOKENS
+    )
+    gptq, gptaq = (
+        GptqConfig(asymmetric=asymmetric, calibration=text, calibration_tokens=_TOKENS) for asymmetric in (False, True)
+    )
+    tune = TuneConfig(calibration=text, calibration_tokens=_TOKENS)
     return {
         "rtn": (rtn,),
         "awq": (awq,),
@@ -104,7 +111,7 @@ def _methods(bits: int, text: CalibrationText = "self") -> dict[str, Sequence[Me
         "gptaq": (rtn, gptaq),
         "awq+gptq": (awq, gptq),
         "awq+gptaq": (awq, gptaq),
-        "learnt": (awq, gptaq, TuneConfig(calibration=text)),
+        "learnt": (awq, gptaq, tune),
     }
 
 
@@ -119,7 +126,7 @@ def _salient(model: LoadedModel) -> list[Contender]:
             Contender(
                 "salient",
                 _SALIENT_BITS,
-                Recipe.for_model(model, *rtn, SalientConfig(share=_SHARE, by=by)),
+                Recipe.for_model(model, *rtn, SalientConfig(share=_SHARE, by=by, calibration_tokens=_TOKENS)),
                 variant=f"by {by}",
                 side="reference",
                 calibration="self" if by == "activation" else None,
@@ -133,10 +140,10 @@ def _salient(model: LoadedModel) -> list[Contender]:
 def _bitsandbytes(model: LoadedModel) -> list[Contender]:
     if find_spec("bitsandbytes") is None:
         return []
-    nf4 = Recipe.for_model(model, BnbNf4Config(output_bits=_OUTPUT_BITS))
+    nf4 = Recipe.for_model(model, BnbNf4Config(block_size=_NF4_BLOCK, output_bits=_OUTPUT_BITS))
     int8 = Recipe.for_model(model, BnbInt8Config(output_bits=_OUTPUT_BITS))
     found = [Contender("int8", 8, int8, activation_bits=8, group_size=None)]
-    if all(linear.in_features % _GROUP_SIZE == 0 for linear in model.architecture.linears):  # its kernels need that
+    if all(linear.in_features % _NF4_BLOCK == 0 for linear in model.architecture.linears):  # its kernels need that
         found.append(Contender("nf4", 4, nf4))
     for contender in found:
         contender.name, contender.side, contender.dtype = "bitsandbytes", "reference", "bfloat16"
