@@ -23,6 +23,7 @@ from workbench.apply.awq_search import (
     search_unit,
     weight_magnitude,
 )
+from workbench.apply.calibration import calibration_windows
 from workbench.apply.compress import compress
 from workbench.apply.folding import Folded, find_fold
 from workbench.apply.recipe import Recipe
@@ -329,3 +330,21 @@ def test_damaged_salient_channels_are_refused(changes: dict[str, torch.Tensor]) 
     assert torch.equal(from_parts("salient", whole.meta(), whole.tensors()).dequantize(), whole.dequantize())
     with pytest.raises(IntegrityError):
         from_parts("salient", whole.meta(), whole.tensors() | changes)
+
+
+# Text -----------------------------------------------------------------------------------------------------------------
+
+
+def test_text_is_sampled_once_for_all_methods(tiny_model: LoadedModel) -> None:
+    first = calibration_windows(tiny_model, 512, 0, Job())
+    assert calibration_windows(tiny_model, 512, 0, Job()) is first
+    assert calibration_windows(tiny_model, 512, 1, Job()) is not first
+    assert calibration_windows(tiny_model, 512, 0, Job(), "tuning") is not first
+
+
+@pytest.mark.parametrize("text", ["prose", "pydoc"])
+def test_named_texts_give_windows_of_one_length_from_their_own_split(tiny_model: LoadedModel, text: Any) -> None:
+    tokens, record = calibration_windows(tiny_model, 4096, 0, Job(), text=text)
+    assert sum(map(len, tokens)) >= 4096
+    assert len({len(window) for window in tokens}) == 1
+    assert (record.name, record.split) == (text, "calibration")

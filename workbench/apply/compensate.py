@@ -2,7 +2,7 @@
 
 GPTQ (Frantar et al. 2023, "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers",
 section 3.3) and its asymmetric successor GPTAQ (Li et al. 2025, "GPTAQ: Efficient Finetuning-Free Quantization for
-Asymmetric Calibration", section 4), free of what the columns are rounded to.
+Asymmetric Calibration", arXiv 2504.02692), free of what the columns are rounded to.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def upper_factor(h: torch.Tensor) -> torch.Tensor:
 def drift_factor(upper: torch.Tensor, drift: torch.Tensor) -> torch.Tensor:
     """Return ``P = triu(D U^T, 1) U``: how much of a column's weight later columns take over for its drifted input.
 
-    GPTAQ, equation 17 and algorithm 1. Column q's input has become x' where the dense model has x; ``w_q (x_q - x'_q)``
+    The residual term of GPTAQ. Column q's input has become x' where the dense model has x; ``w_q (x_q - x'_q)``
     is then missing from the output, and the columns after q give it back in the least-squares sense.
 
     Args:
