@@ -26,6 +26,7 @@ from workbench.formats.codes import dequantize, quantize_groups
 from workbench.formats.compressed import CompressedModel
 from workbench.formats.encodings import Groups
 from workbench.formats.rebuild import to_model
+from workbench.measure.result import recipe_columns
 from workbench.models import LoadedModel
 from workbench.progress import Job
 from workbench.runtime import choose_engine, open_engine
@@ -353,3 +354,22 @@ def test_states_walk_through_the_blocks_as_the_model_does(
                         states.inputs(linear.path, index), seen[linear.id][index], atol=1e-5, rtol=1e-4
                     )
         states.advance()
+
+
+# In tables ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("methods", "label", "bits"),
+    [
+        ((RtnConfig(bits=3),), "rtn", 3),
+        ((RtnConfig(bits=3), GptqConfig()), "gptq", 3),
+        ((AwqConfig(bits=5), GptqConfig(asymmetric=True)), "awq+gptaq", 5),
+        ((AwqConfig(), GptqConfig(), TuneConfig()), "awq+gptq+tune", 4),
+        ((RtnConfig(), SalientConfig()), "salient", 4),
+    ],
+)
+def test_tables_name_what_made_the_codes(methods: tuple[Any, ...], label: str, bits: int) -> None:
+    columns = recipe_columns(Recipe(model="m", methods=methods))
+    assert (columns["method"], columns["bits"], columns["group_size"]) == (label, bits, 64)
+    assert columns["calibration"] == (None if label == "rtn" else "self")
