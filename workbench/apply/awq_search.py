@@ -8,7 +8,7 @@ calibration tokens of the squared change of the outputs is, without running them
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch.nn import functional
@@ -16,6 +16,7 @@ from torch.nn import functional
 from workbench.formats.codes import GroupCodes, dequantize, group_ranges, nearest_codes, range_grid
 
 CLIP_STEPS, CLIP_LEAST = 10, 0.5  # shares of the full range that are tried, as the authors' code does
+_ROWS = 384  # of a unit that scales are judged by: all share them, so a sample says enough and large units end soon
 
 
 @dataclass(frozen=True)
@@ -184,19 +185,22 @@ def search_unit(
         check: called between two tries; may raise.
     """
     joint = options.clip and options.joint
-    before = _error(matrices, moment, None, options, False)[0]
-    best, scales = _error(matrices, moment, None, options, True)[0] if joint else before, None
+    before, _ = _error(matrices, moment, None, options, False)
+    scales = None
     if tie is not None:
-        weights = [m.weight for m in matrices if m.bits is not None]
+        stride = max(1, sum(len(m.weight) for m in matrices) // _ROWS)  # one for all, so that each keeps its part
+        few = [replace(m, weight=m.weight[::stride]) for m in matrices]
+        weights = [m.weight for m in few if m.bits is not None]
         factor = weight_magnitude(weights, options.group_size) if options.weight_factor and weights else None
+        best, _ = _error(few, moment, None, options, joint)
         for step in range(options.alpha_steps):
             check()
             tried = tie(input_scales(magnitude, step / options.alpha_steps, factor))
-            error, _ = _error(matrices, moment, tried, options, joint)
+            error, _ = _error(few, moment, tried, options, joint)
             if error < best:
                 best, scales = error, tried
-    best, shares = _error(matrices, moment, scales, options, options.clip)
-    return Found(scales, shares, best, before)
+    error, shares = _error(matrices, moment, scales, options, options.clip)
+    return Found(scales, shares, error, before)
 
 
 def _error(
