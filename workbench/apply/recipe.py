@@ -16,16 +16,26 @@ from workbench.apply.anyprecision import AnyPrecisionConfig
 from workbench.apply.bnb import BnbInt8Config, BnbNf4Config
 from workbench.apply.config import MethodConfig, Strict, Whole
 from workbench.apply.gguf import GgufConfig
+from workbench.apply.integer import IntegerConfig
 from workbench.apply.nested import NestedConfig
 from workbench.apply.precision_config import PrecisionConfig
 from workbench.apply.rtn import RtnConfig
+from workbench.apply.tender import TenderConfig
 from workbench.errors import InputError, RecipeError
 from workbench.files import check_output_file, write_whole
 from workbench.formats.manifest import Sha256
 from workbench.models.base import Fingerprint, LoadedModel
 
 AnyMethod = Annotated[
-    RtnConfig | NestedConfig | PrecisionConfig | AnyPrecisionConfig | GgufConfig | BnbNf4Config | BnbInt8Config,
+    RtnConfig
+    | NestedConfig
+    | PrecisionConfig
+    | AnyPrecisionConfig
+    | TenderConfig
+    | IntegerConfig
+    | GgufConfig
+    | BnbNf4Config
+    | BnbInt8Config,
     Field(discriminator="method"),
 ]
 

@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from workbench.errors import IntegrityError, ModelError
 from workbench.formats import bnb as bnb  # these modules' encodings register themselves
 from workbench.formats import ggml as ggml
+from workbench.formats import integer as integer
 from workbench.formats import manifest
 from workbench.formats import nested as nested
 from workbench.formats import tables as tables
@@ -169,7 +170,7 @@ class CompressedModel:
         target = Path(path).expanduser().absolute()
         with new_folder(target, need_bytes=self.weight_bytes, overwrite=overwrite) as folder:
             try:
-                save_file({name: t.contiguous() for name, t in self.tensors().items()}, folder / WEIGHTS)
+                save_file(_apart(self.tensors()), folder / WEIGHTS)
             except SafetensorError as error:
                 raise refusal(target, error) from error
             (folder / WEIGHTS).chmod((folder.stat().st_mode & 0o666) | 0o600)  # safetensors makes files private
@@ -254,6 +255,17 @@ class CompressedModel:
                     f"{self.folder}: {name} has shape {found.get(name)} where {CONFIG} says {expected.get(name)}: "
                     "compress the model again."
                 )
+
+
+def _apart(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Contiguous, and each in memory of its own: linears of a unit may share what they know of their inputs."""
+    seen: set[int] = set()
+    found = {}
+    for name, tensor in tensors.items():
+        place = tensor.untyped_storage().data_ptr()
+        found[name] = tensor.contiguous() if place not in seen else tensor.clone(memory_format=torch.contiguous_format)
+        seen.add(place)
+    return found
 
 
 def _bytes(tensor: torch.Tensor) -> int:
