@@ -18,10 +18,12 @@ from workbench.apply.bnb import BnbInt8Config, BnbNf4Config
 from workbench.apply.config import MethodConfig, Strict, Whole
 from workbench.apply.gguf import GgufConfig
 from workbench.apply.gptq import GptqConfig
+from workbench.apply.integer import IntegerConfig
 from workbench.apply.nested import NestedConfig
 from workbench.apply.precision_config import PrecisionConfig, check_widths
 from workbench.apply.rtn import RtnConfig
 from workbench.apply.salient import SalientConfig
+from workbench.apply.tender import TenderConfig
 from workbench.apply.tune import TuneConfig
 from workbench.errors import InputError, RecipeError
 from workbench.files import check_output_file, write_whole
@@ -37,6 +39,8 @@ AnyMethod = Annotated[
     | NestedConfig
     | PrecisionConfig
     | AnyPrecisionConfig
+    | TenderConfig
+    | IntegerConfig
     | GgufConfig
     | BnbNf4Config
     | BnbInt8Config,

@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from workbench.errors import IntegrityError, ModelError
 from workbench.formats import bnb as bnb  # these modules' encodings register themselves
 from workbench.formats import ggml as ggml
+from workbench.formats import integer as integer
 from workbench.formats import manifest
 from workbench.formats import nested as nested
 from workbench.formats import salient as salient
@@ -174,7 +175,7 @@ class CompressedModel:
         target = Path(path).expanduser().absolute()
         with new_folder(target, need_bytes=self.weight_bytes, overwrite=overwrite) as folder:
             try:
-                save_file({name: t.contiguous() for name, t in self.tensors().items()}, folder / WEIGHTS)
+                save_file(_apart(self.tensors()), folder / WEIGHTS)
                 if self.input_scales:
                     save_file({name: t.contiguous() for name, t in self.input_scales.items()}, folder / SCALES)
             except SafetensorError as error:
@@ -267,6 +268,17 @@ class CompressedModel:
         for name, scales in self.input_scales.items():
             if inputs.get(name) != tuple(scales.shape) or scales.dtype != torch.float32:
                 raise IntegrityError(f"{self.folder}: the input scales of {name} do not fit {CONFIG}: compress again.")
+
+
+def _apart(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Contiguous, and each in memory of its own: linears of a unit may share what they know of their inputs."""
+    seen: set[int] = set()
+    found = {}
+    for name, tensor in tensors.items():
+        place = tensor.untyped_storage().data_ptr()
+        found[name] = tensor.contiguous() if place not in seen else tensor.clone(memory_format=torch.contiguous_format)
+        seen.add(place)
+    return found
 
 
 def _bytes(tensor: torch.Tensor) -> int:

@@ -213,10 +213,10 @@ def recipe_columns(recipe: Recipe) -> dict[str, Any]:
         asked = solution.budget.average_bits
     source = solution.damage if solution is not None else None
     return {
-        "method": recipe.label,
+        "method": method.get("activations") or recipe.label,
         "variant": "solved" if solution is not None else ("by hand" if mixed else "uniform"),
         "bits": asked,
-        "activation_bits": 8 if method["method"] == "bnb-int8" else _DENSE_BITS,
+        "activation_bits": method.get("activation_bits", 8 if method["method"] == "bnb-int8" else _DENSE_BITS),
         "group_size": method.get("group_size", method.get("block_size")),
         "calibration": source.text.name if source is not None and source.text is not None else _calibration(recipe),
     }
