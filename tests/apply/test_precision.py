@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,6 +23,8 @@ from workbench.apply.nested import NestedConfig
 from workbench.apply.precision_config import PrecisionConfig
 from workbench.apply.recipe import Recipe
 from workbench.apply.rtn import RtnConfig
+from workbench.corpus import open_text
+from workbench.corpus import windows as corpus_windows
 from workbench.errors import Cancelled, EngineError, InputError, IntegrityError, RecipeError
 from workbench.formats.compressed import CompressedModel
 from workbench.formats.nested import Nested, NestedCodes
@@ -260,21 +264,88 @@ def test_the_controller_brings_strange_text_back_to_the_target(made: CompressedM
     assert abs(held - target) < 0.05 < abs(alone - target)
 
 
-def test_strange_text_is_said_and_may_be_read_at_the_widest(made: CompressedModel, chosen: Selectors) -> None:
-    arch = made.architecture
-    strange = dataclasses.replace(chosen, norms=chosen.norms * np.float32(0.5), power=chosen.power * np.float32(0.25))
-    for selectors, expected in ((strange, True), (chosen, False)):
-        for hold in (False, True):
-            engine = open_engine(made, engine="cpu", plan=precision_plan(arch, selectors, 3.0))
-            controller = PrecisionController(arch, selectors, 3.0, hold=hold, fail_safe=True)
+@pytest.mark.parametrize("engine_name", ["reference", "cpu"])
+@pytest.mark.parametrize("length", [40, 300])
+def test_the_average_is_held_while_a_prompt_is_read(
+    made: CompressedModel, chosen: Selectors, engine_name: str, length: int
+) -> None:
+    """Also where calibration norms are too low or too high, and the first token is read at the widest."""
+    arch, prompt = made.architecture, windows(13, 1, length)[0]
+    for factor in (0.85, 1.0, 1.2):
+        strange = dataclasses.replace(
+            chosen, norms=chosen.norms * np.float32(factor), power=chosen.power * np.float32(factor**2)
+        )
+        for target in (3.0, 4.0):
+            engine = open_engine(made, engine=engine_name, plan=precision_plan(arch, strange, target))
+            controller = PrecisionController(arch, strange, target)
             sequence = engine.start()
             watched = Held(engine, sequence, controller)
-            engine.generate(sequence, windows(10, 1, 60)[0], 60, on_token=watched)
+            engine.generate(sequence, prompt, 1, on_token=watched, between=watched.look)
             watched.finish()
-            assert bool(controller.warning) == expected
-            assert controller.realised == pytest.approx(np.mean([bits_read(made, s) for s in sequence.trace]))
-            widest = bits_read(made, sequence.trace[-1]) == pytest.approx(5.0)
-            assert widest == expected
+            assert sequence.position == length
+            read = float(np.mean([bits_read(made, step) for step in sequence.trace]))
+            assert controller.realised == pytest.approx(read)
+            assert abs(read - target) < (0.05 if length == 300 else 0.25)
+
+
+def test_pieces_of_a_prompt_change_nothing_but_later_thresholds(made: CompressedModel, chosen: Selectors) -> None:
+    """Read in pieces, a prompt gives the same; and what is looked at between two of them was read before."""
+    arch, prompt = made.architecture, windows(14, 1, 90)[0]
+    for name in ("reference", "cpu"):
+        engine = open_engine(made, engine=name, plan=precision_plan(arch, chosen, 3.0), activation_mode="fp32")
+        whole, pieces = engine.start(), engine.start()
+        seen: list[int] = []
+
+        def note(seen: list[int] = seen, sequence: Any = pieces) -> None:
+            seen.append(sequence.position)
+
+        expected = engine.prefill(whole, prompt)
+        np.testing.assert_allclose(engine.prefill(pieces, prompt, between=note), expected, atol=2e-3)
+        assert [s.decisions for s in pieces.trace] == [s.decisions for s in whole.trace]
+        assert pieces.prompt_length == whole.prompt_length == 90
+        ends = [*seen, 90]
+        assert seen[0] == 8
+        assert all(end - begin <= max(8, begin // 4) for begin, end in itertools.pairwise(ends))
+        # Another ending of the prompt changes no choice before it, with thresholds that move on the way.
+        traces = []
+        for ending in (prompt[60:], windows(15, 1, 30)[0]):
+            sequence = engine.start()
+            watched = Held(engine, sequence, PrecisionController(arch, chosen, 3.0))
+            engine.set_policy(watched.controller.policy)
+            engine.prefill(sequence, prompt[:60] + ending, between=watched.look)
+            traces.append([step.decisions for step in sequence.trace[:60]])
+        assert traces[0] == traces[1]
+
+
+def test_strange_text_is_said_and_may_be_read_at_the_widest(
+    tiny_model: LoadedModel, made: CompressedModel, chosen: Selectors
+) -> None:
+    """Text that the model samples is like that of calibration; with other norms it is not."""
+    arch = made.architecture
+    strange = dataclasses.replace(chosen, norms=chosen.norms * np.float32(0.5), power=chosen.power * np.float32(0.25))
+    corpus = open_text("self", "evaluation", model=tiny_model, n_tokens=1024, length=128)
+    prompts = [one.tokens for one in corpus_windows(corpus, tiny_model, 100)]
+    for selectors, expected in ((strange, 1.0), (chosen, 0.0)):
+        said = []
+        for prompt in prompts[:3]:
+            for hold in (False, True):
+                engine = open_engine(made, engine="cpu", plan=precision_plan(arch, selectors, 3.0))
+                controller = PrecisionController(arch, selectors, 3.0, hold=hold, fail_safe=True)
+                sequence = engine.start()
+                watched = Held(engine, sequence, controller)
+                engine.generate(sequence, prompt, 20, on_token=watched, between=watched.look)
+                watched.finish()
+                said.append(bool(controller.warning))
+                assert controller.realised == pytest.approx(np.mean([bits_read(made, s) for s in sequence.trace]))
+                widest = [bits_read(made, s) == pytest.approx(5.0) for s in sequence.trace[1:]]
+                if said[-1]:  # from some token on, all of them
+                    assert widest[-1]
+                    assert controller.watch.outside[0] in controller.warning
+                    assert all(widest[max(i for i, one in enumerate(widest) if not one) + 1 :])
+                    assert controller.policy.thresholds[arch.units[0].id] == (-np.inf, -np.inf)
+                else:
+                    assert not all(widest)
+        assert np.mean(said) == expected
 
 
 def test_a_log_counts_what_was_chosen_and_keeps_no_text(

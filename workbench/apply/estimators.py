@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from scipy.optimize import nnls
+from scipy.stats import rankdata
 from torch import nn
 
 from workbench.errors import RecipeError
@@ -23,6 +24,7 @@ from workbench.formats.selectors import quantile_levels
 from workbench.models.base import LoadedModel, Unit
 from workbench.progress import Job
 
+_NORMAL = 30  # tokens whose average is about normally distributed, as a rule of thumb
 _LEVELS = 128  # quantiles kept of every distribution: shares of tokens are known to half a percent
 
 
@@ -125,6 +127,27 @@ class _Watched:
 def quantiles(values: np.ndarray) -> np.ndarray:
     """Quantiles at (k + 1/2) / K along the first axis, moved to the last: float32 (..., K)."""
     return np.moveaxis(np.quantile(values, quantile_levels(_LEVELS), axis=0), 0, -1).astype(np.float32)
+
+
+def spread_of_texts(norms: Sequence[np.ndarray], texts: Sequence[int], longest: int) -> tuple[np.ndarray, np.ndarray]:
+    """How far texts scatter around the whole calibration text: ``Selectors.lengths`` and ``Selectors.spread``.
+
+    Args:
+        norms: of each unit (U), float32 (T,), text after text.
+        texts: tokens of each text, T in all.
+        longest: tokens, at most those of the shortest text; halved as long as an average of ranks is about normal.
+    """
+    lengths = [longest]
+    while lengths[0] // 2 >= _NORMAL:
+        lengths.insert(0, lengths[0] // 2)
+    begins = np.cumsum([0, *texts[:-1]])
+    spread = np.zeros((len(norms), len(lengths)), dtype=np.float32)
+    for unit, values in enumerate(norms):
+        ranks = (rankdata(values) - 0.5) / len(values)
+        for at, length in enumerate(lengths):
+            averages = np.array([ranks[begin : begin + length].mean() for begin in begins])
+            spread[unit, at] = np.square(averages - 0.5).mean()
+    return np.array(lengths, dtype=np.int32), spread
 
 
 def regress(norms: np.ndarray, errors: np.ndarray) -> np.ndarray:

@@ -24,7 +24,7 @@ from workbench.analysis.profile import run
 from workbench.apply.allocation import allocate
 from workbench.apply.calibration import calibration_windows, check_finite
 from workbench.apply.draft import Draft
-from workbench.apply.estimators import UnitErrors, quantiles, refine, regress, unit_errors
+from workbench.apply.estimators import UnitErrors, quantiles, refine, regress, spread_of_texts, unit_errors
 from workbench.apply.learn_precision import learn_precision
 from workbench.apply.precision_config import PrecisionConfig
 from workbench.apply.registry import register
@@ -145,6 +145,8 @@ def _selectors(
     regression = np.stack(
         [np.stack([regress(one.norms, one.errors[:, step]) for step in range(len(pairs))]) for one in found]
     )
+    counts = [len(window) - 1 for window in tokens]  # without the first, which is always read at the widest
+    lengths, spread = spread_of_texts([one.norms for one in found], counts, min(counts))
     return Selectors(
         widths=np.array(widths, dtype=np.int8),
         highest=np.array([highest[unit.id] for unit in model.architecture.units], dtype=np.int8),
@@ -155,6 +157,9 @@ def _selectors(
         precision=precision,
         errors=np.stack([quantiles(one.errors) for one in found]),
         regression=regression,
+        texts=np.array(len(tokens), dtype=np.int32),
+        lengths=lengths,
+        spread=spread,
         projections=_projections(found, regression, precision, np.array(widths), config.targets),
     )
 

@@ -35,6 +35,12 @@ class Selectors:
         precision: float32 (P, U), the average width learnt for each unit.
         errors: float32 (U, W - 1, K), quantiles of ``||dW x||``, dW what a step changes in the unit's weights.
         regression: float32 (U, W - 1, 3): slope and intercept of that error on the norm, and R^2.
+        texts: int32 (), texts of calibration.
+        lengths: int32 (L,), ascending; numbers of tokens from the beginning of a text.
+        spread: float32 (U, L), how far texts scatter: the mean over them of (a - 1/2)^2, where a is the average rank (0
+            to 1, among all tokens) of the norms of a text's first tokens, as many as ``lengths`` says. Of n independent
+            tokens it is 1 / (12 n), so the effective sample size of a text of n tokens is 1 / (12 spread). Models made
+            before this was measured have no lengths.
         projections: by (unit, step): int8 (k, in) and float32 (k,), rows and their steps, whose product with the input
             has about the norm of the error; only where the regression is not good enough.
     """
@@ -48,6 +54,9 @@ class Selectors:
     precision: np.ndarray
     errors: np.ndarray
     regression: np.ndarray
+    texts: np.ndarray
+    lengths: np.ndarray
+    spread: np.ndarray
     projections: Mapping[tuple[int, int], tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)
 
     def arrays(self) -> dict[str, np.ndarray]:
@@ -70,12 +79,15 @@ class Selectors:
             IntegrityError: something is missing, too much, of another type or shape, or not finite.
         """
         left = {name.removeprefix(PREFIX): array for name, array in arrays.items()}
+        units = architecture.units
+        for name, empty in _SCATTER.items() if not _SCATTER.keys() & left.keys() else ():
+            left[name] = empty(len(units))
         try:
             plain = {name: left.pop(name) for name in _PLAIN}
         except KeyError as error:
             raise IntegrityError(f"The selectors lack {error}: compress the model again.") from error
-        units = architecture.units
         counts = {"U": len(units), "W": plain["widths"].size, "P": plain["targets"].size, "K": plain["norms"].shape[-1]}
+        counts["L"] = plain["lengths"].size
         counts["S"] = counts["W"] - 1
         for name, (dtype, shape) in _PLAIN.items():
             expected = tuple(counts[axis] if axis in counts else int(axis) for axis in shape)
@@ -85,6 +97,9 @@ class Selectors:
                     f"The selectors' {name} is {array.dtype} {array.shape}, expected finite {np.dtype(dtype)} "
                     f"{expected}: compress the model again."
                 )
+        lengths = plain["lengths"]
+        if (np.diff(lengths, prepend=0) <= 0).any() or plain["texts"] < 0 or (plain["spread"] < 0).any():
+            raise IntegrityError("The selectors' scatter of texts is not possible: compress the model again.")
         widths = plain["widths"]
         if counts["W"] < 1 or (np.diff(widths) <= 0).any() or not np.isin(plain["highest"], widths).all():
             raise IntegrityError("The selectors' widths do not ascend, or a unit has another: compress it again.")
@@ -130,4 +145,12 @@ _PLAIN: dict[str, tuple[type, tuple[str, ...]]] = {
     "precision": (np.float32, ("P", "U")),
     "errors": (np.float32, ("U", "S", "K")),
     "regression": (np.float32, ("U", "S", "3")),
+    "texts": (np.int32, ()),
+    "lengths": (np.int32, ("L",)),
+    "spread": (np.float32, ("U", "L")),
+}
+_SCATTER = {
+    "texts": lambda units: np.zeros((), dtype=np.int32),
+    "lengths": lambda units: np.zeros(0, dtype=np.int32),
+    "spread": lambda units: np.zeros((units, 0), dtype=np.float32),
 }

@@ -46,6 +46,7 @@ INPUT_TAPS: dict[str, TapKind] = {
 }
 GOOD_FIT = 0.9  # R^2 from which the norm alone estimates the error (DP-LLM)
 _FIRST = 1  # positions read at the widest width: every later token attends to the first, at no cost to speak of
+_OTHER_PLAN = "These steps chose no width per unit: they ran another plan."
 _NEVER, _ALWAYS = 0.01, 0.99  # shares of tokens below and above which a unit does not decide (DP-LLM)
 
 
@@ -109,11 +110,18 @@ def expected_bits(architecture: Architecture, selectors: Selectors, cuts: np.nda
         selectors: its statistics.
         cuts: (U, W - 1), thresholds on the norm; infinity where a step is never taken.
     """
+    return bits_of_shares(architecture, selectors, expected_shares(selectors, cuts))
+
+
+def expected_shares(selectors: Selectors, cuts: np.ndarray) -> np.ndarray:
+    """Share of the tokens of calibration that take each step under thresholds (U, W - 1), float64 of that shape."""
+    return np.stack([share_above(kept, cut) for kept, cut in zip(selectors.norms, cuts, strict=True)])
+
+
+def bits_of_shares(architecture: Architecture, selectors: Selectors, shares: np.ndarray) -> float:
+    """Average bits where each step is taken by these shares of tokens, (U, W - 1)."""
     widths = selectors.widths.astype(np.float64)
-    total = float(widths[0])
-    for index, share in enumerate(_shares(architecture)):
-        total += float(share * (np.diff(widths) @ share_above(selectors.norms[index], cuts[index])))
-    return total
+    return float(widths[0] + _shares(architecture) @ (shares @ np.diff(widths)))
 
 
 def cuts_of(architecture: Architecture, selectors: Selectors, thresholds: Mapping[str, Sequence[float]]) -> np.ndarray:
@@ -184,11 +192,22 @@ class WidthReader:
         Raises:
             EngineError: steps of another plan.
         """
+        return self.bits(self.levels(steps))
+
+    def levels(self, steps: Sequence[StepTrace]) -> np.ndarray:
+        """Levels that steps chose, int64 (n, consumers of width); raises as a call does."""
         try:
-            level = np.array([[step.decisions[slot] for slot in self._slots] for step in steps], dtype=np.int64)
-            return self._levels[np.arange(len(self._slots)), level.reshape(len(steps), -1)] @ self._shares
-        except (KeyError, IndexError) as error:
-            raise EngineError("These steps chose no width per unit: they ran another plan.") from error
+            found = np.array([[step.decisions[slot] for slot in self._slots] for step in steps], dtype=np.int64)
+        except KeyError as error:
+            raise EngineError(_OTHER_PLAN) from error
+        return found.reshape(len(steps), -1)
+
+    def bits(self, levels: np.ndarray) -> np.ndarray:
+        """Bits of levels, float64 (n,); raises as a call does."""
+        try:
+            return self._levels[np.arange(len(self._slots)), levels] @ self._shares
+        except IndexError as error:
+            raise EngineError(_OTHER_PLAN) from error
 
 
 def _cuts(architecture: Architecture, selectors: Selectors, price: float) -> np.ndarray:

@@ -13,7 +13,7 @@ import plotly.graph_objects as go
 
 from workbench.analysis.profile import Profile
 from workbench.errors import InputError, suggest
-from workbench.view.style import SEQUENTIAL, TEMPLATE, escape, subtitle
+from workbench.view.style import DIVERGING, SEQUENTIAL, TEMPLATE, escape, subtitle
 
 # plotly.js redraws a heat map of this many cells in well under a second; beyond it hovering and zooming stall.
 MAX_CELLS = 50_000
@@ -153,6 +153,9 @@ def grid_figure(
     logs, low, high = _log10(grid.values)
     if value == "width":
         logs, low, high = grid.values, float(np.nanmin(grid.values)), float(np.nanmax(grid.values))
+    if value == "ratio":  # one is the middle: too high and too low are two colours
+        high = max(-low, high)
+        low = -high
     columns = [
         f"sequence {sequence}, {phase}, " + (f"step {first}" if first == last else f"steps {first} to {last}")
         for sequence, phase, first, last in _columns(grid.columns)
@@ -166,7 +169,7 @@ def grid_figure(
             customdata=grid.values.astype(np.float32),
             zmin=low,
             zmax=high,
-            colorscale=SEQUENTIAL,
+            colorscale=DIVERGING if value == "ratio" else SEQUENTIAL,
             hoverongaps=False,
             hovertemplate="<b>%{y}</b><br>%{x}<br>" + title + " %{customdata:.3g}<extra></extra>",
             colorbar=_width_colorbar(grid.values, title)

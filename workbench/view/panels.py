@@ -23,6 +23,7 @@ STYLE = """<style>
   border-bottom: 1px solid var(--jp-border-color2, #cbd2d9); }
 .wb-panel th { font-weight: 600; }
 .wb-panel th:first-child, .wb-panel td:first-child { text-align: left; }
+.wb-panel th[scope=row] { white-space: nowrap; }
 .wb-scroll { max-height: 260px; overflow-y: auto; }
 .wb-pair { display: grid; grid-template-columns: 1fr 1fr; gap: 12px; }
 .wb-reply { white-space: pre-wrap; overflow-wrap: anywhere; background: var(--jp-layout-color2, #f5f7fa);

@@ -63,8 +63,7 @@ def tokens(table: pd.DataFrame, decode: Callable[[Sequence[int]], str]) -> str:
         table: of ``analysis.precision.token_excess``.
         decode: ids to text.
     """
-    shown = table.head(_MANY_TOKENS)
-    named = shown.assign(text=token_names(shown["token"], decode))
+    named = table.assign(text=token_names(table["token"], decode))
     heads = {
         "text": "token (id)",
         "count": "seen",
@@ -72,16 +71,18 @@ def tokens(table: pd.DataFrame, decode: Callable[[Sequence[int]], str]) -> str:
         "excess": "beyond average",
         "error": "error over the units' mean",
     }
-    return ranking(named, heads, f"Tokens that raise the width most, of {len(table)} different ones", _MANY_TOKENS)
+    return ranking(named, heads, "Tokens that raise the width most", _MANY_TOKENS)
 
 
 def measured(trial: TargetTrial | None) -> str:
     """What was measured: dense, uniform widths, the best static mix, and widths per token."""
     if trial is None:
         return panel('<span class="wb-note">Nothing yet: press Run.</span>')
-    heads = ("", "bits asked", "bits read", "with scales and decisions", "perplexity", "KL to dense (95 % interval)")
+    heads = ["", "bits asked", "bits read", "with scales and decisions", "perplexity", "KL to dense (95 % interval)"]
+    heads += ["time per token", "95th percentile", "tokens/s"]
     rows = []
     for row in trial.table.to_dict("records"):
+        per_second = "" if math.isnan(row["ms_per_token"]) else f"{1000 / row['ms_per_token']:.1f}"
         kl = f"{row['kl']:.4f} ({row['kl_low']:.4f} to {row['kl_high']:.4f})" if row["method"] != "dense" else "0"
         cells = [
             f"{row['bits']:g}",
@@ -90,16 +91,17 @@ def measured(trial: TargetTrial | None) -> str:
             f"{row['perplexity']:.2f}",
             kl,
         ]
-        cells += [_time(row["ms_per_token"]), _time(row["ms_p95"])]
+        cells += [_time(row["ms_per_token"]), _time(row["ms_p95"]), per_second]
         body = "".join(f"<td>{escape(cell)}</td>" for cell in cells)
         rows.append(f'<tr><th scope="row">{escape(row["method"])}</th>{body}</tr>')
-    head = "".join(f'<th scope="col">{escape(name)}</th>' for name in (*heads, "time per token", "95th percentile"))
+    head = "".join(f'<th scope="col">{escape(name)}</th>' for name in heads)
+    rounds = "rounds" if trial.pairs > 1 else "round"
     own = ", with thresholds moved by you" if trial.own else ""
     notes = [
         f"Target {trial.target:g} bits, rule {trial.rule}{own}. 'held' moves thresholds with what was read so far.",
         f"Quality: {trial.n_tokens} tokens in {trial.n_windows} windows of evaluation text; a claim takes 40 windows.",
-        f"Speed: {trial.pairs} rounds in turns, {trial.threads} threads, dense in bf16; a static mix and a held target "
-        "read about the same bytes and are not timed. "
+        f"Speed: {trial.pairs} {rounds} in turns, {trial.threads} threads, dense in bf16, tokens/s from the median; a "
+        "static mix and a held target read about the same bytes and are not timed. "
         + (
             ""
             if trial.table["ms_per_token"].notna().any()

@@ -15,7 +15,7 @@ from workbench.errors import InputError
 from workbench.formats.selectors import Selectors, quantile_levels
 from workbench.runtime.precision import Rule
 from workbench.view.heatmap import StepGrid, grid_figure, require_columns, step_grid
-from workbench.view.style import BLUE, GREEN, GREY, ORANGE, TEMPLATE, VERMILLION, escape, join
+from workbench.view.style import BLUE, GREEN, GREY, ORANGE, TEMPLATE, VERMILLION, escape, join, log_ticks
 
 SHOWN = {"width": "width read", "estimate": "estimated error", "error": "exact error", "ratio": "estimated over exact"}
 
@@ -124,7 +124,9 @@ def unit_steps(
             )
     for end in np.flatnonzero(np.diff(rows["sequence"].to_numpy())):
         figure.add_vline(end + 0.5, line={"color": GREY, "width": 1})
+    shown = np.concatenate([rows["error"], rows["estimate"]]).astype(np.float64)
     if threshold is not None and np.isfinite(threshold) and threshold > 0:
+        shown = np.append(shown, threshold)
         figure.add_hline(threshold, line={"color": GREY, "dash": "dash"}, row=1, col=1)
         figure.add_annotation(
             x=1,
@@ -155,7 +157,8 @@ def unit_steps(
         height=380,
         legend={"y": -0.25},
     )
-    figure.update_yaxes(type="log", title="error (L2 norm)", row=1, col=1)
+    ends = _log_range(shown)
+    figure.update_yaxes(type="log", title="error (L2 norm)", range=ends, **log_ticks(*ends), row=1, col=1)
     widths = sorted(rows["bits"].unique())
     figure.update_yaxes(title="bits", range=[0, max(widths) + 0.5], dtick=2, row=2, col=1)
     figure.update_xaxes(title="step, sequences one after the other", row=2, col=1)
@@ -201,9 +204,9 @@ def error_distribution(
                 hovertemplate=name + "<br>%{y:.1%} of tokens above %{x:.3g}<extra></extra>",
             )
         )
-    ends = np.concatenate([calibrated, seen])
+    shown = np.concatenate([calibrated, seen])
     if threshold is not None and np.isfinite(threshold) and threshold > 0:
-        ends = np.append(ends, threshold)
+        shown = np.append(shown, threshold)
         figure.add_shape(
             type="line",
             x0=threshold,
@@ -213,6 +216,7 @@ def error_distribution(
             yref="paper",
             line={"color": GREY, "dash": "dash", "width": 3},
         )
+    ends = _log_range(shown)
     figure.update_layout(
         template=TEMPLATE,
         title={
@@ -222,7 +226,7 @@ def error_distribution(
             },
         },
         height=330,
-        xaxis={"title": "estimate (log scale)", "type": "log", "range": _log_range(ends)},
+        xaxis={"title": "estimate (log scale)", "type": "log", "range": ends, **log_ticks(*ends)},
         yaxis={"title": "share of tokens above", "tickformat": ".0%", "range": [0, 1.02]},
         legend={"y": -0.3},
     )

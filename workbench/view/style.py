@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -20,8 +21,9 @@ COLORWAY = (BLUE, VERMILLION, GREEN, ORANGE, SKY, PURPLE, GREY, YELLOW)
 DENSE_COLOR, COMPRESSED_COLOR = BLUE, VERMILLION
 UNIT_COLORS = {"qkv": BLUE, "o": SKY, "gate_up": ORANGE, "down": VERMILLION}
 
-# Perceptually uniform and safe for colour vision deficiencies.
+# Perceptually uniform, and safe for colour vision deficiencies, which the diverging one is too.
 SEQUENTIAL = "Cividis"
+DIVERGING = "PuOr"
 
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, 'Noto Sans', sans-serif"
 TEMPLATE = "workbench"
@@ -88,6 +90,14 @@ def subtitle(provenance: Provenance, *parts: str) -> str:
 def join(parts: Iterable[object]) -> str:
     """Escape the parts and join them with a middle dot, leaving out empty ones."""
     return " · ".join(escape(part) for part in parts if str(part))
+
+
+def log_ticks(low: float, high: float) -> dict[str, Any]:
+    """Ticks of a logarithmic axis from 10^low to 10^high that do not run into each other; plotly's where few fit."""
+    mantissas = (1,) if high - low > 2.5 else (1, 2, 5) if high - low > 1 else (1, 1.5, 2, 3, 4, 5, 6, 8)
+    marks = [m * 10.0**e for e in range(math.floor(low), math.ceil(high) + 1) for m in mantissas]
+    marks = [mark for mark in marks if low - 1e-9 <= math.log10(mark) <= high + 1e-9]
+    return {"tickvals": marks, "ticktext": [f"{mark:g}" for mark in marks]} if len(marks) > 2 else {}
 
 
 def interval_bars(low: pd.Series, middle: pd.Series, high: pd.Series) -> dict[str, Any]:
