@@ -293,10 +293,10 @@ def test_a_damaged_model_is_refused_in_one_line(make_model: Callable[..., Loaded
 @pytest.mark.parametrize(
     ("given", "says"),
     [
-        ({"widths": (4, 3)}, ["widths = (4, 3)", "ascending", "nearest is (3, 4)"]),
-        ({"widths": (3, 3, 4)}, ["each once", "nearest is (3, 4)"]),
-        ({"widths": (1, 4)}, ["2 to 8", "nearest is (2, 4)"]),
-        ({"widths": (4, 16)}, ["2 to 8", "nearest is (4, 8)"]),
+        ({"widths": (4, 3)}, ["widths = (4, 3)", "ascend", "nearest is [3, 4]"]),
+        ({"widths": (3, 3, 4)}, ["none twice", "nearest is [3, 4]"]),
+        ({"widths": (1, 4)}, ["2 to 8", "nearest is [2, 4]"]),
+        ({"widths": (4, 16)}, ["2 to 8", "nearest is [4, 8]"]),
         ({"widths": ()}, ["at least one width"]),
         ({"widths": (3, 4.5)}, ["widths[1] = 4.5", "whole number"]),
         ({"fit": "compensate"}, ["fit = 'compensate'", "Did you mean 'compensated'"]),
