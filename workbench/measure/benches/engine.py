@@ -125,7 +125,7 @@ def time_in_turns(
     context: BenchContext,
     *,
     prefill_repeats: int,
-    pairs: int = PAIRS_FOR_A_CLAIM,
+    pairs: int | None = None,
 ) -> dict[str, Any]:
     """Time all sides in one child process, a round of each after the other; ``engine_child`` says what comes back."""
     return run_child(
@@ -134,7 +134,7 @@ def time_in_turns(
             "sides": list(sides),
             "prompt": list(prompt),
             "new_tokens": _NEW_TOKENS,
-            "pairs": pairs,
+            "pairs": pairs or PAIRS_FOR_A_CLAIM,
             "warmup": 1,
             "threads": context.threads,
             "prefill_tokens": PREFILL_TOKENS,
