@@ -97,6 +97,45 @@ wb::GroupSource group_source(Bytes2 packed, int in, int bits, int group, std::op
   return source;
 }
 
+// What happens to the inputs of integer products, from the names of `IntegerInput`'s members.
+wb::IntegerInput integer_input(const nb::dict& of) {
+  wb::IntegerInput input;
+  const auto floats = [&](const char* name) { return of.contains(name) ? nb::cast<std::vector<float>>(of[name]) : std::vector<float>{}; };
+  const auto ints = [&](const char* name) { return of.contains(name) ? nb::cast<std::vector<int>>(of[name]) : std::vector<int>{}; };
+  input.in = nb::cast<int>(of["inputs"]);
+  input.bits = nb::cast<int>(of["bits"]);
+  input.weight_bits = nb::cast<int>(of["weight_bits"]);
+  input.sections = wb::make_sections(ints("channels"), ints("doublings"), input.weight_bits);
+  input.apart = nb::cast<bool>(of["apart"]);
+  input.order = ints("order");
+  input.bias = floats("bias");
+  input.multipliers = floats("multipliers");
+  input.steps = floats("steps");
+  input.starts = ints("starts");
+  input.clip = nb::cast<float>(of["clip"]);
+  input.limit = nb::cast<float>(of["limit"]);
+  input.section_scales = floats("section_scales");
+  input.rotation.block = nb::cast<int>(of["block"]);
+  input.rotation.signs = floats("signs");
+  if (of.contains("factors")) input.rotation.factors = nb::cast<std::vector<std::vector<float>>>(of["factors"]);
+  wb::settle(input);
+  return input;
+}
+
+wb::IntegerSource integer_source(const wb::IntegerInput& input, const Bytes2& packed, const Halves2& scales) {
+  wb::IntegerSource source;
+  source.bits = input.weight_bits;
+  source.grouped = scales.shape(1) > 1;
+  if (source.grouped && !input.apart) throw std::invalid_argument("Weights have groups of their own only where sections are apart.");
+  const std::size_t out = packed.shape(0), in = static_cast<std::size_t>(input.in);
+  shape("codes", out, packed.shape(1), out, (in * static_cast<std::size_t>(input.weight_bits) + 7) / 8);
+  shape("scales", scales.shape(0), scales.shape(1), out, source.grouped ? input.sections.size() : 1);
+  source.packed = packed.data();
+  source.packed_row = packed.shape(1);
+  source.scales16 = scales.data();
+  return source;
+}
+
 // A width of tables: its bits and values (out, 2^bits).
 using Table = std::pair<int, Halves2>;
 
@@ -224,7 +263,7 @@ class Engine {
 
 nb::tuple trace_row(const wb::RowTrace& row) {
   return nb::make_tuple(row.position, row.token, row.seconds, row.read_bytes, row.touched_bytes,
-                        nb::make_tuple(row.parts[0], row.parts[1], row.parts[2], row.parts[3], row.parts[4]), row.decisions);
+                        nb::make_tuple(row.parts[0], row.parts[1], row.parts[2], row.parts[3], row.parts[4]), row.decisions, row.integers.clamped, row.integers.beyond);
 }
 
 // Bytes per second of reading `bytes` with all threads of a pool, best of `repeats`.
@@ -355,6 +394,38 @@ NB_MODULE(_cpu, m) {
       },
       "packed"_a, "inputs"_a, "bits"_a, "tables"_a, "x"_a, "read_bits"_a, "isa"_a);
 
+  // Integer products: rows x at positions. Returns y, the rows' codes as they are laid out, and what was clamped or beyond.
+  m.def(
+      "integer_product",
+      [](nb::dict of, Bytes2 packed, Halves2 scales, Floats2 x, std::vector<int> positions, const std::string& isa) {
+        const wb::IntegerInput input = integer_input(of);
+        const std::size_t n = x.shape(0), out = packed.shape(0);
+        if (x.shape(1) != static_cast<std::size_t>(input.in) || positions.size() != n) throw std::invalid_argument("x does not fit the codes' shape.");
+        wb::Arena arena;
+        const wb::Matrix w = wb::make_integer(arena, checked(out), input, integer_source(input, packed, scales));
+        const auto& k = wb::kernels(wb::choose_isa(isa));
+        const auto width = static_cast<std::size_t>(w.tiles) * wb::kRows, laid_out = static_cast<std::size_t>(input.laid_out()), parts = static_cast<std::size_t>(input.parts());
+        wb::Array<float> y(n * width), scale(n * parts);
+        wb::Array<std::int32_t> offset(n * parts);
+        wb::Array<std::int8_t> q(n * laid_out);
+        std::vector<wb::Activation> rows(n);
+        std::vector<float*> to(n);
+        nb::list counts;
+        for (std::size_t i = 0; i < n; ++i) {
+          wb::IntegerCounts count;
+          k.quantize_integer(input, x.data() + i * x.shape(1), positions[i], q.data() + i * laid_out, scale.data() + i * parts, offset.data() + i * parts, count);
+          rows[i].q = q.data() + i * laid_out, rows[i].scale = scale.data() + i * parts, rows[i].offset = offset.data() + i * parts;
+          to[i] = y.data() + i * width;
+          counts.append(nb::make_tuple(count.clamped, count.beyond));
+        }
+        k.integer(w, 0, rows.data(), checked(n), to.data(), false, 0, w.tiles);
+        std::vector<float> result, codes;
+        for (std::size_t i = 0; i < n; ++i) result.insert(result.end(), to[i], to[i] + out);
+        for (std::size_t i = 0; i < n * laid_out; ++i) codes.push_back(static_cast<float>(q[i]));
+        return nb::make_tuple(new_array({n, out}, result.data()), new_array({n, laid_out}, codes.data()), counts);
+      },
+      "input"_a, "packed"_a, "scales"_a, "x"_a, "positions"_a, "isa"_a);
+
   nb::class_<Sequence>(m, "Sequence")
       .def("__init__", [](Sequence* self, Engine& engine) { new (self) Sequence(engine.decoder); }, "engine"_a, nb::keep_alive<1, 2>())
       .def_prop_ro("position", &Sequence::position)
@@ -419,6 +490,13 @@ NB_MODULE(_cpu, m) {
             for (const auto& [at, values] : tables) e.decoder.add_table(name, at, values.data());
           },
           "name"_a, "packed"_a, "inputs"_a, "bits"_a, "tables"_a)
+      .def(
+          "set_integer",
+          [](Engine& e, const std::string& name, nb::dict of, Bytes2 packed, Halves2 scales) {
+            const wb::IntegerInput input = integer_input(of);
+            e.decoder.set_integer(name, checked(packed.shape(0)), input, integer_source(input, packed, scales));
+          },
+          "name"_a, "input"_a, "packed"_a, "scales"_a)
       .def("set_f32", [](Engine& e, const std::string& name, Floats2 w) { e.decoder.set_f32(name, checked(w.shape(0)), checked(w.shape(1)), w.data()); })
       .def("set_bf16", [](Engine& e, const std::string& name, Halves2 w) { e.decoder.set_bf16(name, checked(w.shape(0)), checked(w.shape(1)), w.data()); })
       .def("set_vector", [](Engine& e, const std::string& name, Floats1 v) { e.decoder.set_vector(name, v.data(), v.shape(0)); })

@@ -92,6 +92,13 @@ void Decoder::add_table(const std::string& name, int bits, const std::uint16_t* 
 
 const Matrix& Decoder::matrix(const std::string& name) { return linear(name).w; }
 
+void Decoder::set_integer(const std::string& name, int out, const IntegerInput& input, const IntegerSource& source) {
+  LinearLayer& layer = linear(name);
+  if (&layer == embedding_.get() || &layer == output_.get()) throw std::invalid_argument("The embedding and the output layer take no integer codes.");
+  layer.w = make_integer(arena_, out, input, source);
+  layer.present = true;
+}
+
 void Decoder::set_f32(const std::string& name, int out, int in, const float* rows) {
   LinearLayer& layer = linear(name);
   layer.w = make_f32(arena_, out, in, rows);
@@ -217,6 +224,10 @@ int Decoder::format_of(const LinearLayer& layer) {
   format.transforms = layer.transforms.empty() ? nullptr : &layer.transforms;
   switch (layer.w.kind) {
     case Kind::f32: format.mode = Mode::plain; break;
+    case Kind::integer:
+      format.mode = Mode::integer;
+      format.integer = layer.w.input.get();
+      break;
     case Kind::bf16: format.mode = spec_.exact ? Mode::plain : Mode::bf16; break;
     case Kind::tables:
       format.mode = Mode::f32;
@@ -228,7 +239,8 @@ int Decoder::format_of(const LinearLayer& layer) {
   }
   for (std::size_t i = 0; i < formats_.size(); ++i) {
     const Format& f = formats_[i];
-    if (f.mode == format.mode && f.in == format.in && f.at == format.at && f.transforms == format.transforms) return static_cast<int>(i);
+    const bool same = f.integer == format.integer || (f.integer != nullptr && format.integer != nullptr && *f.integer == *format.integer);
+    if (same && f.mode == format.mode && f.in == format.in && f.at == format.at && f.transforms == format.transforms) return static_cast<int>(i);
   }
   format.place();
   formats_.push_back(format);
@@ -334,6 +346,7 @@ void Decoder::run(const std::vector<Feed>& feeds, Logits logits, const Visit& vi
   for (int r = 0; r < n; ++r) pass.all_rows.push_back(r);
   pass.single = n == 1 && !tap_;
   for (auto& s : pass.scores) s.resize(kQueries * (round_up(static_cast<std::size_t>(highest) + 16, 16) + static_cast<std::size_t>(padded(spec_.head_dim))));
+  std::fill(pass.integers.begin(), pass.integers.begin() + n, IntegerCounts{});
   std::fill(pass.read.begin(), pass.read.begin() + n, has_consumers_ ? decider_bytes_ : linear_bytes_);
   pass.parts = {};
   laps_ = 0;
@@ -367,6 +380,7 @@ void Decoder::run(const std::vector<Feed>& feeds, Logits logits, const Visit& vi
       row.read_bytes = pass.read[static_cast<std::size_t>(r)];
       for (std::size_t p = 0; p < kParts; ++p) row.parts[p] = pass.parts[p] / n;
       row.touched_bytes = touched / n;
+      row.integers = pass.integers[static_cast<std::size_t>(r)];
       const float* values = pass.slots.data() + static_cast<std::size_t>(r) * static_cast<std::size_t>(slot_width_);
       row.decisions.assign(values, values + slot_width_);
       feed.sequence->trace.push_back(std::move(row));

@@ -54,6 +54,7 @@ struct RowTrace {
   double seconds = 0;            // wall time of the pass, shared evenly among its rows
   double read_bytes = 0;         // bytes of the blocks' linears that this row reads
   std::array<double, kParts> parts{};  // seconds, likewise shared
+  IntegerCounts integers;        // of the inputs of integer products, each unit's once
   double touched_bytes = 0;      // everything the pass read: linears, output layer, cache; shared evenly
   std::vector<float> decisions;  // one value or mask after the other, in the order of the deciders
 };
@@ -97,6 +98,7 @@ class Decoder {
   void set_tables(const std::string& name, int out, int in, int bits, const std::uint8_t* packed, std::size_t packed_row);
   void add_table(const std::string& name, int bits, const std::uint16_t* table);
   const Matrix& matrix(const std::string& name);
+  void set_integer(const std::string& name, int out, const IntegerInput& input, const IntegerSource& source);
   void set_f32(const std::string& name, int out, int in, const float* rows);
   void set_bf16(const std::string& name, int out, int in, const std::uint16_t* rows);
   void set_vector(const std::string& name, const float* values, std::size_t n);

@@ -15,7 +15,7 @@ using Clock = std::chrono::steady_clock;
 
 inline constexpr int kLogitRows = 16;  // rows of logits held at once
 
-enum class Mode : std::uint8_t { int8, f32, bf16, plain };  // plain: fp32 as it is, no copy
+enum class Mode : std::uint8_t { int8, f32, bf16, plain, integer };  // plain: fp32 as it is, no copy
 
 inline constexpr const char* kUnitOf[][2] = {{"q", "qkv"}, {"k", "qkv"}, {"v", "qkv"}, {"o", "o"}, {"gate", "gate_up"}, {"up", "gate_up"}, {"down", "down"}};
 
@@ -32,7 +32,8 @@ struct Decoder::Format {
   Grouping at;
   int in;
   const std::vector<Transform>* transforms;  // null where there are none
-  std::size_t bytes = 0, q = 0, x = 0, b = 0, scale = 0, sum = 0, active = 0;  // places within a row's buffer
+  const IntegerInput* integer;               // likewise
+  std::size_t bytes = 0, q = 0, x = 0, b = 0, scale = 0, sum = 0, active = 0, offset = 0;  // places within a row's buffer
 
   void place() {
     const auto take = [&](std::size_t n) {
@@ -44,6 +45,11 @@ struct Decoder::Format {
     if (mode == Mode::f32) x = take(static_cast<std::size_t>(at.padded) * 4);
     if (mode == Mode::plain) x = take(static_cast<std::size_t>(padded(in)) * 4);
     if (mode == Mode::bf16) b = take(static_cast<std::size_t>(padded(in)) * 2);
+    if (mode == Mode::integer) {
+      q = take(static_cast<std::size_t>(integer->laid_out()));
+      scale = take(static_cast<std::size_t>(integer->parts()) * 4);
+      offset = take(static_cast<std::size_t>(integer->parts()) * 4);
+    }
     if (mode == Mode::int8) scale = take(static_cast<std::size_t>(at.n_blocks) * 4);
     if (mode == Mode::int8 || mode == Mode::f32) {
       sum = take(static_cast<std::size_t>(at.n_groups) * 4);
@@ -98,7 +104,7 @@ struct Decoder::Pass {
   void logits(int t);
 
   void normalize(const Norm& norm, const float* from, float* to) const;
-  void convert(const Format& format, const float* from, float* scratch, std::uint8_t* buffer, Activation& to) const;
+  void convert(const Format& format, const float* from, int position, float* scratch, std::uint8_t* buffer, Activation& to, IntegerCounts& counts) const;
   const float* filtered(const float* from, int n, int slot, int row, float* scratch) const;
   void product(const LinearLayer& layer, const std::vector<int>* subset, float* const* y, bool add, int t,
                const float* mask = nullptr, int per_mask = 1);
@@ -142,6 +148,7 @@ struct Decoder::Pass {
   std::vector<int> all_rows, attention_rows, mlp_rows, wanted;
   bool single = false;
   std::vector<double> read;
+  std::vector<IntegerCounts> integers;  // by row
   std::array<double, kParts> parts{};
   Clock::time_point last;
   std::atomic<int> bad_width{0};

@@ -40,6 +40,11 @@ struct Kernels {
   Product groups_f32;   // fp32 activations; tables too, at widths that have one
   Product dense_f32;    // fp32 or bf16 weights, fp32 activations
   Product dense_bf16;   // bf16 weights, bf16 activations
+  Product integer;      // integer codes and activations, sums exact
+  // Round a row at a position: codes (laid_out), scale and offset (parts), and what was clamped or beyond calibration.
+  // NaN and infinity give a NaN scale.
+  void (*quantize_integer)(const IntegerInput& in, const float* x, int position, std::int8_t* q, float* scale, std::int32_t* offset,
+                           IntegerCounts& counts);
 
   void (*rms_norm)(const float* x, const float* weight, int n, float eps, float* y);
   void (*layer_norm)(const float* x, const float* weight, const float* bias, int n, float eps, float* y);

@@ -107,6 +107,7 @@ std::size_t Matrix::read_bytes(int at_bits) const {
   switch (kind) {
     case Kind::f32:
     case Kind::bf16:
+    case Kind::integer:
     case Kind::packed: bytes = tile_bytes * static_cast<std::size_t>(tiles); break;
     case Kind::planes: bytes = plane_bytes * static_cast<std::size_t>(at_bits > 0 ? at_bits : bits); break;
     case Kind::tables: {

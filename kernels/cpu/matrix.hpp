@@ -20,6 +20,7 @@
 #include <memory>
 #include <vector>
 
+#include "integer.hpp"
 #include "memory.hpp"
 
 namespace wb {
@@ -30,7 +31,7 @@ inline constexpr int kBlock = 64;     // most channels that may share one activa
 inline constexpr int kMaxPlanes = 8;
 inline constexpr int kWord = 32;      // channels of one row that are looked up together
 
-enum class Kind : std::uint8_t { f32, bf16, packed, planes, tables };
+enum class Kind : std::uint8_t { f32, bf16, packed, planes, tables, integer };
 
 // How activations lie in memory for a matrix of group codes: groups padded to whole chunks.
 struct Grouping {
@@ -76,6 +77,7 @@ struct Matrix {
   std::array<Grid, kMaxPlanes + 1> widths;  // of planes read at fewer bits; without scales where there is none of its own
   std::array<const std::uint16_t*, kMaxPlanes + 1> tables{};  // by width: fp16 [row][2^width]; null where not offered
   const float* bias = nullptr;              // fp32, padded to whole tiles
+  std::shared_ptr<const IntegerInput> input;  // of integer codes
 
   std::size_t row_bytes() const { return static_cast<std::size_t>((in + kWord - 1) / kWord) * (kWord / 8); }  // of a plane of tables
 
@@ -96,6 +98,7 @@ struct Activation {
   const float* scale = nullptr;          // per block: x = q * scale
   const float* sum = nullptr;            // per group: sum of x as the codes see it
   const std::uint8_t* active = nullptr;  // per block: 0 where every x is zero
+  const std::int32_t* offset = nullptr;  // of integer products, likewise `scale`: per part
 };
 
 // Codes uint8 (out, in); scales fp16 or fp32 (out, groups); zeros uint8 (out, groups) or null; minima likewise.

@@ -52,6 +52,7 @@ Decoder::Pass::Pass(Decoder& decoder)
   slots.resize(static_cast<std::size_t>(kMaxRows) * static_cast<std::size_t>(d.slot_width_));
   angles.resize(static_cast<std::size_t>(kMaxRows) * d.ropes_.size() * static_cast<std::size_t>(s.rotary_dim));
   read.resize(kMaxRows);
+  integers.resize(kMaxRows);
 }
 
 void Decoder::Pass::normalize(const Norm& norm, const float* from, float* to) const {
@@ -68,7 +69,8 @@ const float* Decoder::Pass::filtered(const float* from, int n, int place, int ro
   return to;
 }
 
-void Decoder::Pass::convert(const Format& f, const float* from, float* space, std::uint8_t* buffer, Activation& to) const {
+void Decoder::Pass::convert(const Format& f, const float* from, int position, float* space, std::uint8_t* buffer, Activation& to,
+                            IntegerCounts& counts) const {
   if (f.transforms != nullptr) {
     const int n = f.in;
     for (const Transform& transform : *f.transforms) {
@@ -108,6 +110,16 @@ void Decoder::Pass::convert(const Format& f, const float* from, float* space, st
       auto* half = reinterpret_cast<std::uint16_t*>(buffer + f.b);
       k.to_bf16(from, f.in, half);
       to.b = half;
+      return;
+    }
+    case Mode::integer: {
+      auto* codes = reinterpret_cast<std::int8_t*>(buffer + f.q);
+      auto* scale = reinterpret_cast<float*>(buffer + f.scale);
+      auto* offset = reinterpret_cast<std::int32_t*>(buffer + f.offset);
+      k.quantize_integer(*f.integer, from, position, codes, scale, offset, counts);
+      to.q = codes;
+      to.scale = scale;
+      to.offset = offset;
       return;
     }
     case Mode::int8:
@@ -170,6 +182,7 @@ void Decoder::Pass::product(const LinearLayer& layer, const std::vector<int>* su
     case Mode::f32: kernel = k.groups_f32; break;
     case Mode::bf16: kernel = k.dense_bf16; break;
     case Mode::plain: kernel = k.dense_f32; break;
+    case Mode::integer: kernel = k.integer; break;
   }
   const auto [first, last] = share(w.tiles, t, nt);
   const auto tiles = [&](int bits, const Activation* a, int n, float* const* to) {
@@ -366,7 +379,11 @@ void Decoder::Pass::block(int index, int t) {
         auto& buffers = single ? local[f] : shared[f];
         auto& into = single ? local_rows[f] : shared_rows[f];
         std::vector<float> room(format.transforms != nullptr ? static_cast<std::size_t>(2 * width) : 0);
-        convert(format, row, room.data(), buffers.data() + place * format.bytes, into[place]);
+        IntegerCounts counts;
+        convert(format, row, rows[static_cast<std::size_t>(r)].position, room.data(), buffers.data() + place * format.bytes, into[place], counts);
+        if (single && t != 0) continue;  // every thread has rounded the same row
+        integers[static_cast<std::size_t>(r)].clamped += counts.clamped;
+        integers[static_cast<std::size_t>(r)].beyond += counts.beyond;
       }
     }
     if (!single) wait(kOther, t);
@@ -607,7 +624,8 @@ void Decoder::Pass::logits(int t) {
         from = space;
       }
       const std::size_t place = n == 1 ? static_cast<std::size_t>(t) : static_cast<std::size_t>(i);
-      convert(format, from, nullptr, (n == 1 ? local[f] : shared[f]).data() + place * format.bytes, (n == 1 ? local_rows[f] : shared_rows[f])[place]);
+      IntegerCounts counts;
+      convert(format, from, 0, nullptr, (n == 1 ? local[f] : shared[f]).data() + place * format.bytes, (n == 1 ? local_rows[f] : shared_rows[f])[place], counts);
     }
     if (n > 1) d.pool_->barrier();
     for (int i = 0; i < n; ++i) sub_rows[static_cast<std::size_t>(i)] = n == 1 ? local_rows[f][static_cast<std::size_t>(t)] : shared_rows[f][static_cast<std::size_t>(i)];

@@ -6,6 +6,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "integer.hpp"
+
 namespace wb {
 
 struct Avx2 {
@@ -23,6 +25,7 @@ struct Avx2 {
 #undef WB_BOTH
 
   static constexpr bool transposes_planes = false;
+  static constexpr bool many_registers = false;
 
   static F zero() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
   static F set(float v) { return {_mm256_set1_ps(v), _mm256_set1_ps(v)}; }
@@ -80,6 +83,7 @@ struct Avx2 {
   }
 
   static I izero() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
+  static I iset(std::int32_t v) { return {_mm256_set1_epi32(v), _mm256_set1_epi32(v)}; }
   static I iadd(I x, I y) { return {_mm256_add_epi32(x.a, y.a), _mm256_add_epi32(x.b, y.b)}; }
   static F to_float(I v) { return {_mm256_cvtepi32_ps(v.a), _mm256_cvtepi32_ps(v.b)}; }
 
@@ -114,6 +118,10 @@ struct Avx2 {
     std::memcpy(&four, a, 4);
     const __m256i x = _mm256_set1_epi32(four);
     return {dot_half<Wide>(sum.a, codes.a, x), dot_half<Wide>(sum.b, codes.b, x)};
+  }
+  // Bytes in another order; readable up to the end of the last table.
+  static void permute(const ByteOrder& order, const std::int8_t* from, std::int8_t* to) {
+    for (int i = 0; i < order.n; ++i) to[i] = from[order.from[static_cast<std::size_t>(i)]];
   }
   template <int K>
   static F byte_lane(B v) {

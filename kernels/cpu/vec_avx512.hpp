@@ -6,6 +6,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "integer.hpp"
+
 namespace wb {
 
 struct Avx512 {
@@ -13,6 +15,7 @@ struct Avx512 {
   using I = __m512i;
   using B = __m512i;  // 64 bytes: 4 channels of 16 rows
   static constexpr bool transposes_planes = false;
+  static constexpr bool many_registers = true;
 
   static F zero() { return _mm512_setzero_ps(); }
   static F set(float v) { return _mm512_set1_ps(v); }
@@ -50,6 +53,7 @@ struct Avx512 {
   }
 
   static I izero() { return _mm512_setzero_si512(); }
+  static I iset(std::int32_t v) { return _mm512_set1_epi32(v); }
   static I iadd(I a, I b) { return _mm512_add_epi32(a, b); }
   static F to_float(I v) { return _mm512_cvtepi32_ps(v); }
 
@@ -79,6 +83,10 @@ struct Avx512 {
     std::int32_t four;
     std::memcpy(&four, a, 4);
     return _mm512_dpbusd_epi32(sum, codes, _mm512_set1_epi32(four));
+  }
+  // Bytes in another order; readable up to the end of the last table.
+  static void permute(const ByteOrder& order, const std::int8_t* from, std::int8_t* to) {
+    for (int i = 0; i < order.n; ++i) to[i] = from[order.from[static_cast<std::size_t>(i)]];
   }
   template <int K>
   static F byte_lane(B v) {
@@ -159,6 +167,22 @@ struct Avx512Bf16 : Avx512 {
     std::memcpy(&pair, a, 4);
     return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(w),
                             reinterpret_cast<__m512bh>(_mm512_set1_epi32(static_cast<int>(pair))));
+  }
+
+  static void permute(const ByteOrder& order, const std::int8_t* from, std::int8_t* to) {
+    for (int i = 0; i < order.n; i += 64) {
+      const B within = _mm512_loadu_si512(order.within.data() + i);
+      B found = _mm512_setzero_si512();
+      const auto chunk = static_cast<std::size_t>(i) / 64;
+      for (std::int32_t p = order.first[chunk]; p < order.first[chunk + 1]; ++p) {
+        const auto& part = order.parts[static_cast<std::size_t>(p)];
+        const std::int8_t* table = from + 128 * part.table;
+        const B here = _mm512_permutex2var_epi8(_mm512_loadu_si512(table), within, _mm512_loadu_si512(table + 64));
+        found = _mm512_mask_mov_epi8(found, _cvtu64_mask64(part.bytes), here);
+      }
+      const int left = order.n - i;
+      _mm512_mask_storeu_epi8(to + i, left >= 64 ? ~std::uint64_t{0} : (std::uint64_t{1} << left) - 1, found);
+    }
   }
 
   static constexpr bool transposes_planes = true;

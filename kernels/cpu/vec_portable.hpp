@@ -6,6 +6,7 @@
 #include <cstring>
 
 #include "half.hpp"
+#include "integer.hpp"
 
 namespace wb {
 
@@ -21,6 +22,7 @@ struct Portable {
     return r;
   }
   static constexpr bool transposes_planes = false;
+  static constexpr bool many_registers = false;
 
   static F zero() { return set(0.0f); }
   static F set(float x) { return each([&](int) { return x; }); }
@@ -59,6 +61,11 @@ struct Portable {
   }
 
   static I izero() { return I{}; }
+  static I iset(std::int32_t v) {
+    I r;
+    for (int i = 0; i < 16; ++i) r.v[i] = v;
+    return r;
+  }
   static I iadd(const I& a, const I& b) {
     I r;
     for (int i = 0; i < 16; ++i) r.v[i] = a.v[i] + b.v[i];
@@ -98,6 +105,10 @@ struct Portable {
       r.v[i] = sum.v[i] + codes.v[4 * i] * a[0] + codes.v[4 * i + 1] * a[1] + codes.v[4 * i + 2] * a[2] +
                codes.v[4 * i + 3] * a[3];
     return r;
+  }
+  // Bytes in another order; readable up to the end of the last table.
+  static void permute(const ByteOrder& order, const std::int8_t* from, std::int8_t* to) {
+    for (int i = 0; i < order.n; ++i) to[i] = from[order.from[static_cast<std::size_t>(i)]];
   }
   template <int K>
   static F byte_lane(const B& a) {

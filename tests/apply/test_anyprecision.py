@@ -289,8 +289,8 @@ def test_a_damaged_model_is_refused_in_one_line(make_model: Callable[..., Loaded
 @pytest.mark.parametrize(
     ("given", "says"),
     [
-        ({"widths": (4, 3)}, ["widths = (4, 3)", "ascending", "nearest is (3, 4)"]),
-        ({"widths": (4, 16)}, ["2 to 8", "nearest is (4, 8)"]),
+        ({"widths": (4, 3)}, ["widths = (4, 3)", "ascend", "nearest is [3, 4]"]),
+        ({"widths": (4, 16)}, ["2 to 8", "nearest is [4, 8]"]),
         ({"widths": ()}, ["at least one width"]),
         ({"calibration_tokens": 0}, ["calibration_tokens = 0", "at least 512"]),
         ({"output_bits": 9}, ["output_bits = 9", "nearest is 8"]),

@@ -150,23 +150,25 @@ def test_moments_are_those_of_the_inputs_however_many_runs_they_take(
     tiny_model: LoadedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     windows = tokens_of()
-    whole = [pair for part in input_moments(tiny_model, windows, Job()) for pair in part]
-    assert [unit.id for unit, _ in whole] == [unit.id for unit in tiny_model.architecture.units]
+    whole = [one for part in input_moments(tiny_model, windows, Job()) for one in part]
+    assert [one.unit.id for one in whole] == [unit.id for unit in tiny_model.architecture.units]
     with torch.no_grad():
         states = tiny_model.submodule(tiny_model.architecture.embedding_path)(torch.tensor(windows))
         first = tiny_model.submodule(tiny_model.architecture.norms["blocks.0.input"])(states).flatten(0, 1)
-    torch.testing.assert_close(whole[0][1], first.T @ first / len(first))
+    torch.testing.assert_close(whole[0].moment, first.T @ first / len(first))
+    torch.testing.assert_close(whole[0].magnitude, first.abs().mean(0))
     monkeypatch.setattr(moments_module, "_MOMENT_BYTES", 1)
     apart = list(input_moments(tiny_model, windows, Job()))
     assert len(apart) == len(whole)
-    for (unit, moment), [(again, same)] in zip(whole, apart, strict=True):
-        assert unit == again
-        assert torch.equal(moment, same)
+    for one, [same] in zip(whole, apart, strict=True):
+        assert one.unit == same.unit
+        assert torch.equal(one.moment, same.moment)
+        assert torch.equal(one.magnitude, same.magnitude)
 
 
 def test_fitting_beats_rounding_on_the_inputs_of_a_model(tiny_model: LoadedModel) -> None:
     for part in input_moments(tiny_model, tokens_of(), Job()):
-        for unit, moment in part:
+        for unit, moment, _ in part:
             weight = torch.cat([tiny_model.linear_module(x.id).weight for x in unit.linears]).detach()
             fitted, rounded = fit_matrix(weight, moment, WIDTHS, 16, 0.1), round_matrix(weight, WIDTHS, 16)
             for bits in (3, 4):
@@ -291,10 +293,10 @@ def test_a_damaged_model_is_refused_in_one_line(make_model: Callable[..., Loaded
 @pytest.mark.parametrize(
     ("given", "says"),
     [
-        ({"widths": (4, 3)}, ["widths = (4, 3)", "ascending", "nearest is (3, 4)"]),
-        ({"widths": (3, 3, 4)}, ["each once", "nearest is (3, 4)"]),
-        ({"widths": (1, 4)}, ["2 to 8", "nearest is (2, 4)"]),
-        ({"widths": (4, 16)}, ["2 to 8", "nearest is (4, 8)"]),
+        ({"widths": (4, 3)}, ["widths = (4, 3)", "ascend", "nearest is [3, 4]"]),
+        ({"widths": (3, 3, 4)}, ["none twice", "nearest is [3, 4]"]),
+        ({"widths": (1, 4)}, ["2 to 8", "nearest is [2, 4]"]),
+        ({"widths": (4, 16)}, ["2 to 8", "nearest is [4, 8]"]),
         ({"widths": ()}, ["at least one width"]),
         ({"widths": (3, 4.5)}, ["widths[1] = 4.5", "whole number"]),
         ({"fit": "compensate"}, ["fit = 'compensate'", "Did you mean 'compensated'"]),

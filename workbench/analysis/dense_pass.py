@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import nn
 
+from workbench.analysis.blocks import block_calls, run_block
 from workbench.models.base import LoadedModel
 
 
@@ -16,7 +16,6 @@ class DensePass:
 
     def __init__(self, model: LoadedModel, windows: Sequence[Sequence[int]]) -> None:
         self._model = model
-        self._blocks = [model.block(i) for i in range(model.architecture.n_blocks)]
         self._states: list[torch.Tensor] = []
         self._arguments: list[list[dict[str, Any]]] = []
         self._final: list[torch.Tensor] = []
@@ -27,20 +26,7 @@ class DensePass:
 
     def _record(self, window: Sequence[int]) -> None:
         """Run one window through the dense model, keeping how each block was called."""
-        calls: list[tuple[torch.Tensor, dict[str, Any]]] = []
-
-        def note(module: nn.Module, args: tuple, kwargs: dict) -> None:
-            inputs = dict(kwargs)
-            hidden = args[0] if args else inputs.pop("hidden_states")
-            calls.append((hidden, inputs))
-
-        hooks = [block.register_forward_pre_hook(note, with_kwargs=True) for block in self._blocks]
-        try:
-            ids = torch.tensor([list(window)], device=self._model.device)
-            final = self._model.module.base_model(input_ids=ids, use_cache=False).last_hidden_state
-        finally:
-            for hook in hooks:
-                hook.remove()
+        calls, final = block_calls(self._model, window)
         self._states.append(calls[0][0])
         self._arguments.append([inputs for _, inputs in calls])
         self._final.append(final[0])
@@ -50,8 +36,7 @@ class DensePass:
         return self._model.module.get_output_embeddings()(hidden).float()
 
     def _forward(self, block: int, hidden: torch.Tensor, window: int) -> torch.Tensor:
-        out = self._blocks[block](hidden, **self._arguments[window][block])
-        return out[0] if isinstance(out, tuple) else out
+        return run_block(self._model, block, hidden, self._arguments[window][block])
 
     def advance(self, block: int) -> None:
         """Move all windows' states to the input of ``block``."""
@@ -70,7 +55,7 @@ class DensePass:
         cap = getattr(self._model.module.config, "final_logit_softcapping", None)
         for i, state in enumerate(self._states):
             hidden = state
-            for block in range(self.block, len(self._blocks)):
+            for block in range(self.block, self._model.architecture.n_blocks):
                 hidden = self._forward(block, hidden, i)
             hidden = (self._model.submodule(path)(hidden) if path else hidden)[0]
             if cap:

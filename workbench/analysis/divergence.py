@@ -34,17 +34,28 @@ def divergence(model: LoadedModel, dense: torch.Tensor, ids: torch.Tensor) -> to
 
 
 @contextmanager
-def in_place_of_dense(model: LoadedModel, weights: Mapping[str, nn.Parameter]) -> Iterator[None]:
-    """Run the model with other parameters; its own come back as the very same objects."""
-    modules = {name: model.linear_module(name) for name in weights}
-    dense = {name: module.weight for name, module in modules.items()}
+def in_place_of_dense(
+    model: LoadedModel, weights: Mapping[str, nn.Parameter], vectors: Mapping[str, torch.Tensor] | None = None
+) -> Iterator[None]:
+    """Run the model with other parameters; its own come back as the very same objects.
+
+    Args:
+        model: whose parameters are exchanged for the while.
+        weights: by linear id.
+        vectors: norms and biases by state-dict name.
+    """
+    changed = {f"{model.architecture.linear(name).path}.weight": parameter for name, parameter in weights.items()}
+    for name, vector in (vectors or {}).items():
+        changed[name] = nn.Parameter(vector.to(model.device, model.dtype), requires_grad=False)
+    places = {name: (model.submodule(name.rpartition(".")[0]), name.rpartition(".")[2]) for name in changed}
+    dense = {name: getattr(module, part) for name, (module, part) in places.items()}
     try:
-        for name, module in modules.items():
-            module.weight = weights[name]
+        for name, (module, part) in places.items():
+            setattr(module, part, changed[name])
         yield
     finally:
-        for name, module in modules.items():
-            module.weight = dense[name]
+        for name, (module, part) in places.items():
+            setattr(module, part, dense[name])
 
 
 def dense_states(model: LoadedModel, windows: Sequence[Sequence[int]]) -> list[torch.Tensor]:

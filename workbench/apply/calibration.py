@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-import torch
+from typing import Annotated, Literal
 
+import torch
+from pydantic import Field
+
+from workbench.apply.config import Strict, Whole
 from workbench.corpus import Split, TextRecord, open_text, windows
-from workbench.errors import RecipeError
+from workbench.errors import CorpusError, RecipeError
 from workbench.models.base import LoadedModel
 from workbench.progress import Job
 
@@ -13,6 +17,21 @@ _WINDOW, _SAMPLED = 512, 576  # tokens; text encoded again can come out shorter 
 _SHORTEST = 64  # tokens of a sampled document: shorter ones have few tokens with a past
 _BATCH = 8  # documents that are sampled together
 FEWEST_TOKENS = _BATCH * _SHORTEST  # that calibration windows are made of
+
+CalibrationText = Literal["self", "prose", "pydoc"]
+
+
+class Calibrated(Strict):
+    """What methods share that learn from text of the user's choice.
+
+    Attributes:
+        calibration: the text, ``self`` being sampled from the model. The others are one domain each, and what is
+            fitted on them looks better on them than it is.
+        calibration_tokens: how much of it, at least.
+    """
+
+    calibration: CalibrationText = "self"
+    calibration_tokens: Annotated[Whole, Field(ge=FEWEST_TOKENS)] = 27648
 
 
 def check_finite(model: LoadedModel, way_out: str | None = None) -> None:
@@ -38,15 +57,52 @@ def check_finite(model: LoadedModel, way_out: str | None = None) -> None:
 
 
 def calibration_windows(
-    model: LoadedModel, n_tokens: int, seed: int, job: Job, split: Split = "calibration"
+    model: LoadedModel,
+    n_tokens: int,
+    seed: int,
+    job: Job,
+    split: Split = "calibration",
+    text: CalibrationText = "self",
 ) -> tuple[list[tuple[int, ...]], TextRecord]:
-    """Windows of text that the model sampled: never a text that it is measured on.
+    """Windows of one length, of text that the model sampled or of a text's split: never what it is measured on.
+
+    Sampled text is kept with the model: several methods of a recipe, and several recipes, learn from the same.
 
     Raises:
         CorpusError: the model's context is too short to sample text.
     """
+    if text != "self":
+        return _windows_of(text, model, n_tokens, seed, split)
+    key = ("calibration", split, n_tokens, seed)
+    if key not in model.derived:
+        model.derived[key] = _sampled(model, n_tokens, seed, job, split)
+    return model.derived[key]
+
+
+def _sampled(
+    model: LoadedModel, n_tokens: int, seed: int, job: Job, split: Split
+) -> tuple[list[tuple[int, ...]], TextRecord]:
     # Documents as long as the tokens allow in one batch, and shorter than the context by what a start takes.
     length = min(_SAMPLED, model.architecture.context_length - 8, -(-n_tokens // _BATCH))
     corpus = open_text("self", split, model=model, n_tokens=n_tokens, seed=seed, length=length, job=job)
     found = [window.tokens for window in windows(corpus, model, max(2, length * _WINDOW // _SAMPLED))]
     return found, corpus.record(sum(map(len, found)))
+
+
+def _windows_of(
+    text: str, model: LoadedModel, n_tokens: int, seed: int, split: Split
+) -> tuple[list[tuple[int, ...]], TextRecord]:
+    """Windows drawn evenly over a text's domains; shorter ones where its documents are short."""
+    corpus = open_text(text, split)
+    length = min(_WINDOW, model.architecture.context_length)
+    while True:
+        try:
+            found = windows(corpus, model, length, limit=-(-n_tokens // length), seed=seed)
+        except CorpusError:
+            found = []
+        if len(found) * length >= n_tokens or length // 2 < _SHORTEST:
+            break
+        length //= 2
+    if not found:
+        raise CorpusError(f"'{text}' has no {length} tokens in one document: calibrate on 'self'.")
+    return [window.tokens for window in found], corpus.record(sum(len(window.tokens) for window in found))

@@ -8,6 +8,7 @@ import torch
 
 from workbench.apply import precision as precision  # registers itself
 from workbench.apply.draft import Draft, n_weights
+from workbench.apply.folding import Folded
 from workbench.apply.recipe import Recipe
 from workbench.apply.registry import handler
 from workbench.errors import RecipeError
@@ -48,7 +49,8 @@ def compress(
     if start is not None:
         if start.recipe != recipe.without_last().model_dump(mode="json"):
             raise RecipeError("The model to start from was not made by this recipe without its last method.")
-        draft = Draft(model, dict(start.linears), start.embedding, start.output, start.selectors)
+        folded = Folded.of(model, start.input_scales)
+        draft = Draft(model, dict(start.linears), start.embedding, start.output, start.selectors, folded)
         before, methods = start.fit_seconds or 0.0, methods[-1:]
     for config in methods:
         method = handler(config)
@@ -71,8 +73,9 @@ def compress(
         linears=draft.linears,
         embedding=draft.embedding,
         output=draft.output,
-        others=_others(model),
+        others=_others(model) | {name: vector.float() for name, vector in draft.folded.vectors.items()},
         selectors=draft.selectors,
+        input_scales=dict(draft.folded.scales),
         fit_seconds=before + time.perf_counter() - started,
     )
 

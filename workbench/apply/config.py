@@ -80,12 +80,20 @@ class MethodConfig(Strict):
     """Base of all method configs.
 
     Class attributes:
-        stage: what the method decides; order and number of methods are checked by it.
+        stage: what the method decides; order and number of methods are checked by it. ``weights`` stores them,
+            ``codes`` changes stored group codes, ``precision`` chooses widths of stored codes while running.
+        grid: whether it stores group codes, which a method of the stage ``codes`` can work on.
     """
 
-    stage: ClassVar[Literal["weights", "precision"]] = "weights"
+    stage: ClassVar[Literal["weights", "codes", "precision"]] = "weights"
+    grid: ClassVar[bool] = False
 
     method: str
+
+    @property
+    def label(self) -> str:
+        """What tables call it."""
+        return self.method
 
 
 def explain(error: ValidationError, model: type[BaseModel]) -> str:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from workbench.apply.folding import Folded
 from workbench.errors import RecipeError, suggest
 from workbench.formats.encodings import DENSE_BITS, Dense, Encoding, Groups
 from workbench.formats.selectors import Selectors
@@ -24,6 +25,7 @@ class Draft:
         embedding: of the token embedding.
         output: of the output layer, None where tied.
         selectors: how widths are chosen per token, None where they are not.
+        folded: input scales, folded away: the dense weights that are encoded are those after folding.
     """
 
     model: LoadedModel
@@ -31,6 +33,7 @@ class Draft:
     embedding: Encoding | None = None
     output: Encoding | None = None
     selectors: Selectors | None = None
+    folded: Folded = field(default_factory=Folded)
 
     def weight(self, path: str) -> torch.Tensor:
         """Weights of the module at ``path``, float32 on the CPU, so that any device gives the same codes."""
@@ -39,10 +42,14 @@ class Draft:
             raise TypeError(f"{path} has no weight.")
         return weight.detach().to("cpu", torch.float32)
 
+    def folded_weight(self, linear: Linear) -> torch.Tensor:
+        """Dense weights of a linear after folding, float32 on the CPU."""
+        return self.folded.weight(linear, self.weight(linear.path))
+
     def encode_linears(self, encode: Callable[[Linear, torch.Tensor], Encoding], job: Job) -> None:
-        """Encode every linear with ``encode(linear, weight)``, one at a time; cancels between two."""
+        """Encode every linear with ``encode(linear, folded weight)``, one at a time; cancels between two."""
         for linear in self.model.architecture.linears:
-            self.linears[linear.id] = encode(linear, self.weight(linear.path))
+            self.linears[linear.id] = encode(linear, self.folded_weight(linear))
             job.advance(linear.n_weights)
 
     def encode_outputs(self, bits: int, group_size: int, symmetric: bool, job: Job) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -15,10 +15,22 @@ from workbench.progress import Job
 _MOMENT_BYTES = 2**30  # held at a time; where all units need more, the text is run several times
 
 
-def input_moments(
-    model: LoadedModel, windows: Sequence[Sequence[int]], job: Job
-) -> Iterator[list[tuple[Unit, torch.Tensor]]]:
-    """Yield units with ``E[x x^T]`` of their input x over all tokens, float32 (in, in) on the CPU, in order.
+class Inputs(NamedTuple):
+    """Statistics of the inputs x of a unit over all tokens, on the CPU.
+
+    Attributes:
+        unit: whose linears read them.
+        moment: ``E[x x^T]``, float32 (in, in).
+        magnitude: ``E|x|``, float32 (in,).
+    """
+
+    unit: Unit
+    moment: torch.Tensor
+    magnitude: torch.Tensor
+
+
+def input_moments(model: LoadedModel, windows: Sequence[Sequence[int]], job: Job) -> Iterator[list[Inputs]]:
+    """Yield units with statistics of their inputs, in order.
 
     The linears of a unit share their input, so one moment serves them all. The dense model runs over the text once
     for each list yielded: as many units as fit the bound on memory (at least one). Caller drops a list before the next.
@@ -43,18 +55,19 @@ def input_moments(
         yield _run(model, windows, units, job)
 
 
-def _run(
-    model: LoadedModel, windows: Sequence[Sequence[int]], units: Sequence[Unit], job: Job
-) -> list[tuple[Unit, torch.Tensor]]:
+def _run(model: LoadedModel, windows: Sequence[Sequence[int]], units: Sequence[Unit], job: Job) -> list[Inputs]:
     sums: dict[str, torch.Tensor] = {}
+    sizes: dict[str, torch.Tensor] = {}
 
     def adder(unit: Unit) -> Any:
         width = unit.linears[0].in_features
         sums[unit.id] = torch.zeros(width, width, device=model.device)
+        sizes[unit.id] = torch.zeros(width, device=model.device)
 
         def add(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
             rows = args[0].reshape(-1, width).float()
             sums[unit.id].addmm_(rows.T, rows)
+            sizes[unit.id] += rows.abs().sum(0)
 
         return add
 
@@ -70,11 +83,20 @@ def _run(
         for hook in hooks:
             hook.remove()
     tokens = sum(map(len, windows))
-    moments = [(unit, sums.pop(unit.id).div_(tokens).cpu()) for unit in units]
-    for unit, moment in moments:
+    found = [Inputs(u, sums.pop(u.id).div_(tokens).cpu(), sizes.pop(u.id).div_(tokens).cpu()) for u in units]
+    for unit, moment, _ in found:
         if not bool(moment.isfinite().all()):
             raise RecipeError(
                 f"The activations that enter {unit.id} are not finite: {model.name} overflows on its own text. "
                 "Load it in float32, or choose a method that needs no text."
             )
-    return moments
+    return found
+
+
+def input_magnitudes(model: LoadedModel, windows: Sequence[Sequence[int]], job: Job) -> dict[str, torch.Tensor]:
+    """Return ``E|x|`` of every unit's input x over all tokens, float32 (in,) on the CPU, by unit id."""
+    found: dict[str, torch.Tensor] = {}
+    for inputs in input_moments(model, windows, job):
+        found |= {one.unit.id: one.magnitude for one in inputs}
+        inputs.clear()
+    return found

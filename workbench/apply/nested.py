@@ -114,7 +114,7 @@ def _compensated(
     for moments in input_moments(model, tokens, job):
         job.stage("fit nested codes", total, done)
         with side_by_side() as pool:
-            running = [(unit, pool.submit(fit, unit, moment)) for unit, moment in moments]
+            running = [(unit, pool.submit(fit, unit, moment)) for unit, moment, _ in moments]
             moments.clear()
             for unit, future in running:
                 codes |= _split(unit, future.result())

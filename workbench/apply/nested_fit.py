@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional
 
+from workbench.apply.compensate import damped, upper_factor, walk, walking_order
 from workbench.errors import RecipeError
 from workbench.formats.nested import NestedCodes, zero_codes, zero_points
 
@@ -24,7 +25,7 @@ _TINY, _LARGEST = 2.0**-24, 65504.0  # smallest positive and largest fp16: a sca
 _SHRINKS = (1.08, 1.0, 0.93, 0.86, 0.8, 0.74)  # of a group's full range; fewer, wider cells outside cost outliers only
 _VOTERS = 3  # the narrowest widths choose the range: the wide ones have resolution to spare
 _FINER = 4.0**0.9  # how much more the error of one bit more counts in that choice, near the 4 of equal steps
-_BLOCK = 64  # columns whose corrections are applied one by one before the rest is corrected in one product
+_BLOCK = 64  # columns that are moved one by one before the rest is told in one product
 _RIDGE = 1e-4  # relative: keeps groups whose codes are all alike solvable
 _PIECE = 2**24  # numbers in one temporary tensor
 
@@ -54,7 +55,7 @@ def round_matrix(weight: torch.Tensor, widths: Sequence[int], group_size: int) -
         RecipeError: a weight is not finite, or too large for fp16 scales.
     """
     group_size = min(group_size, weight.shape[1])
-    padded = _pad_weight(weight, group_size)
+    padded = pad_weight(weight, group_size)
     grid = start_grid(padded, torch.ones(padded.shape[1]), widths, group_size)
     rows = max(1, _PIECE // (8 * padded.shape[1]))
     codes = []
@@ -82,30 +83,27 @@ def fit_matrix(
         RecipeError: a weight is not finite, or too large for fp16 scales.
     """
     group_size = min(group_size, weight.shape[1])
-    padded, h = _pad_weight(weight, group_size), damped(moment, damping, group_size)
+    padded, h = pad_weight(weight, group_size), pad_moment(damped(moment, damping), group_size)
     power = functional.pad(moment.diagonal(), (0, h.shape[0] - moment.shape[0]))
     grid = start_grid(padded, power, widths, group_size)
     codes = _compensate(padded, h, grid, widths)
     grid = _solve_grid(padded, h, codes, grid, widths)
     codes = _descend(padded, h, codes, grid, widths)
-    grid = _solve_scales(padded, h, codes, grid)
+    grid = solve_scales(padded, h, codes, grid)
     return _pack(codes[-1][:, : weight.shape[1]], grid, widths, group_size)
 
 
-def damped(moment: torch.Tensor, damping: float, group_size: int) -> torch.Tensor:
-    """Return ``H + damping mean(diag H) I``, padded to whole groups; the identity where no input was ever active.
+def pad_moment(h: torch.Tensor, group_size: int) -> torch.Tensor:
+    """Pad a moment (n, n) to whole groups.
 
     The padding is almost weightless and tied to nothing, so that no scale and no other column follows it, and the
     matrix stays positive definite.
     """
-    n = moment.shape[0]
-    mean = float(moment.diagonal().mean())
-    if mean <= 0:  # nothing is known of the inputs: all alike
-        moment, mean = torch.eye(n), 1.0
-    h = functional.pad(moment, (0, -n % group_size, 0, -n % group_size))
-    h.diagonal()[:n] += damping * mean
-    h.diagonal()[n:] = 1e-6 * mean
-    return h
+    n = h.shape[0]
+    mean = float(h.diagonal().mean())
+    padded = functional.pad(h, (0, -n % group_size, 0, -n % group_size))
+    padded.diagonal()[n:] = 1e-6 * mean
+    return padded
 
 
 def start_grid(weight: torch.Tensor, power: torch.Tensor, widths: Sequence[int], group_size: int) -> Grid:
@@ -195,28 +193,18 @@ def choose(wanted: torch.Tensor, widths: Sequence[int]) -> torch.Tensor:
 
 
 def _compensate(weight: torch.Tensor, h: torch.Tensor, grid: Grid, widths: Sequence[int]) -> torch.Tensor:
-    """Codes (B, out, n): each column's error, at every width, is made up for by the columns that follow.
-
-    With ``U`` the upper Cholesky factor of ``H^-1``, column i's error over ``U_ii`` times ``U_ij`` is taken from every
-    later column j (GPTQ, section 3.3). Strong inputs come first: the later columns have less left to correct them.
-    """
-    n = h.shape[0]
-    order = h.diagonal().argsort(descending=True, stable=True)
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(h[order][:, order]))
-    upper = torch.linalg.cholesky(inverse, upper=True)
+    """Codes (B, out, n): each column's error, at every width, is made up for by the columns that follow."""
+    order = walking_order(h)
     targets = weight.T[order].unsqueeze(1).repeat(1, len(widths), 1)  # (n, B, out)
     columns = _Columns(grid, order)
     codes = torch.empty_like(targets)
-    diagonal = upper.diagonal().tolist()
-    for begin in range(0, n, _BLOCK):
-        end = min(begin + _BLOCK, n)
-        errors = torch.empty_like(targets[begin:end])
-        for i in range(begin, end):
-            scales, zeros, inverse_scales = columns[i]
-            codes[i] = choose(torch.addcmul(zeros, targets[i], inverse_scales), widths)
-            error = errors[i - begin] = torch.addcmul(targets[i], scales, codes[i] - zeros, value=-1).div_(diagonal[i])
-            targets[i + 1 : end].addcmul_(upper[i, i + 1 : end].view(-1, 1, 1), error, value=-1)
-        targets[end:].flatten(1).addmm_(upper[begin:end, end:].T, errors.flatten(1), alpha=-1)
+
+    def residual(i: int, target: torch.Tensor) -> torch.Tensor:
+        scales, zeros, inverse_scales = columns[i]
+        codes[i] = choose(torch.addcmul(zeros, target, inverse_scales), widths)
+        return torch.addcmul(target, scales, codes[i] - zeros, value=-1)
+
+    walk(targets, upper_factor(h[order][:, order]), residual)
     return _in_place_of(order, codes)
 
 
@@ -229,7 +217,7 @@ def _descend(
     ``d H_j`` from R.
     """
     n = h.shape[0]
-    order = h.diagonal().argsort(descending=True, stable=True)
+    order = walking_order(h)
     h = h[order][:, order]
     values = grid.weights(codes)
     rest = (((weight - values)[:, :, order]) @ h).permute(2, 0, 1).contiguous()
@@ -304,7 +292,7 @@ def _solve_grid(weight: torch.Tensor, h: torch.Tensor, codes: torch.Tensor, grid
     return fitted
 
 
-def _solve_scales(weight: torch.Tensor, h: torch.Tensor, codes: torch.Tensor, grid: Grid) -> Grid:
+def solve_scales(weight: torch.Tensor, h: torch.Tensor, codes: torch.Tensor, grid: Grid) -> Grid:
     """Scales alone by least squares in the norm of H, all groups of a row together."""
     groups = grid.scales.shape[2]
     unscaled = Grid(torch.ones_like(grid.scales), grid.zeros).weights(codes)
@@ -352,7 +340,7 @@ def _pieces(rows: int, n: int, unknowns: int) -> list[slice]:
     return [slice(begin, begin + step) for begin in range(0, rows, step)]
 
 
-def _pad_weight(weight: torch.Tensor, group_size: int) -> torch.Tensor:
+def pad_weight(weight: torch.Tensor, group_size: int) -> torch.Tensor:
     """Pad rows to whole groups with their last weight, which widens no group's range."""
     return torch.cat([weight, weight[:, -1:].expand(-1, -weight.shape[1] % group_size)], 1)
 

@@ -7,27 +7,47 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import BeforeValidator, Field, field_validator
 
 from workbench.analysis.profile import TextRecord
 from workbench.apply.anyprecision import AnyPrecisionConfig
+from workbench.apply.awq import AwqConfig
 from workbench.apply.bnb import BnbInt8Config, BnbNf4Config
 from workbench.apply.config import MethodConfig, Strict, Whole
 from workbench.apply.gguf import GgufConfig
+from workbench.apply.gptq import GptqConfig
+from workbench.apply.integer import IntegerConfig
 from workbench.apply.nested import NestedConfig
 from workbench.apply.precision_config import PrecisionConfig, check_widths
 from workbench.apply.rtn import RtnConfig
+from workbench.apply.salient import SalientConfig
+from workbench.apply.tender import TenderConfig
+from workbench.apply.tune import TuneConfig
 from workbench.errors import InputError, RecipeError
 from workbench.files import check_output_file, write_whole
 from workbench.formats.manifest import Sha256
 from workbench.models.base import Fingerprint, LoadedModel
 
 AnyMethod = Annotated[
-    RtnConfig | NestedConfig | PrecisionConfig | AnyPrecisionConfig | GgufConfig | BnbNf4Config | BnbInt8Config,
+    RtnConfig
+    | AwqConfig
+    | GptqConfig
+    | TuneConfig
+    | SalientConfig
+    | NestedConfig
+    | PrecisionConfig
+    | AnyPrecisionConfig
+    | TenderConfig
+    | IntegerConfig
+    | GgufConfig
+    | BnbNf4Config
+    | BnbInt8Config,
     Field(discriminator="method"),
 ]
+# Methods that leave group codes behind for another one to work on.
+_GRIDS = tuple(m.model_fields["method"].default for m in get_args(get_args(AnyMethod)[0]) if m.grid)
 
 
 class Identity(Strict):
@@ -128,6 +148,13 @@ class Recipe(Strict):
     @field_validator("methods")
     @classmethod
     def _order(cls, methods: tuple[MethodConfig, ...]) -> tuple[MethodConfig, ...]:
+        for i, method in enumerate(methods):
+            if method.stage == "codes" and (i == 0 or not methods[i - 1].grid):
+                found = f"after '{methods[i - 1].method}'" if i else "first"
+                raise RecipeError(
+                    f"Recipe: methods[{i}] '{method.method}' works on stored group codes and stands {found}; it goes "
+                    f"right after one of {', '.join(_GRIDS)}."
+                )
         weights = [i for i, method in enumerate(methods) if method.stage == "weights"]
         after = [i for i, method in enumerate(methods) if method.stage == "precision"]
         if not methods:
@@ -172,6 +199,15 @@ class Recipe(Strict):
                 "solution": solution,
             }
         )
+
+    @property
+    def label(self) -> str:
+        """What tables call it: the method, or those that make up the codes together (``awq+gptq``)."""
+        last = self.methods[-1]
+        if last.stage != "codes":
+            return last.label
+        named = [m.label for m in self.methods if m.stage != "precision"]
+        return "+".join(named if named[0] != "rtn" else named[1:])  # plain rounding is what the others correct
 
     def without_last(self) -> Self:
         """Return the recipe of everything but the last method."""

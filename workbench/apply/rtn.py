@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field, StrictBool
 
@@ -13,8 +13,8 @@ from workbench.models.base import Architecture
 from workbench.progress import Job
 
 
-class RtnConfig(MethodConfig):
-    """Round every matrix to the nearest group codes (``formats.codes.quantize_groups``).
+class GridConfig(MethodConfig):
+    """What methods share that store group codes.
 
     Attributes:
         bits: width of every unit that ``unit_bits`` does not name: 2 to 8, or 16 to leave it dense (bf16).
@@ -24,7 +24,8 @@ class RtnConfig(MethodConfig):
         output_bits: width of the embedding and the output layer.
     """
 
-    method: Literal["rtn"] = "rtn"
+    grid: ClassVar[bool] = True
+
     bits: Bits = 4
     unit_bits: dict[str, Bits] = Field(default_factory=dict)
     group_size: GroupSize = 64
@@ -32,7 +33,13 @@ class RtnConfig(MethodConfig):
     output_bits: Bits = 8
 
 
-def linear_bits(config: RtnConfig, architecture: Architecture) -> dict[str, int]:
+class RtnConfig(GridConfig):
+    """Round every matrix to the nearest group codes (``formats.codes.quantize_groups``). Attributes: ``GridConfig``."""
+
+    method: Literal["rtn"] = "rtn"
+
+
+def linear_bits(config: GridConfig, architecture: Architecture) -> dict[str, int]:
     """Return the width of every linear.
 
     Raises:

@@ -114,6 +114,7 @@ def generate(
             facts["target_bits"] = target
             facts["realised_bits"] = watched.controller.realised
             facts["warning"] = watched.controller.warning
+            facts["units_unlike"] = list(watched.controller.watch.outside)
         console.show_json(facts)
         return
     console.say(loaded.decode(reply))

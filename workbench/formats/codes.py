@@ -90,13 +90,37 @@ def quantize_groups(weight: torch.Tensor, bits: int, group_size: int, symmetric:
         raise RecipeError(f"bits={bits} is not possible: group codes have {MIN_BITS} to {MAX_BITS} bits.")
     if group_size < 1:
         raise RecipeError(f"group_size={group_size} is not possible: it must be at least 1.")
-    out, width = weight.shape
-    group_size = min(group_size, width)
-    groups = _grouped(weight.float(), group_size)
-    low = groups.amin(dim=2)
-    high = groups.amax(dim=2)
+    low, high = group_ranges(weight, group_size)
+    scales, zeros = range_grid(low, high, bits, symmetric)
+    return nearest_codes(weight, scales, zeros, bits, group_size)
+
+
+def group_ranges(weight: torch.Tensor, group_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the least and the largest weight of every group of a matrix (out, in), float32 (out, n_groups) each.
+
+    Raises:
+        RecipeError: a weight is not finite.
+    """
+    groups = _grouped(weight.float(), min(group_size, weight.shape[1]))
+    low, high = groups.amin(dim=2), groups.amax(dim=2)
     if not (torch.isfinite(low).all() and torch.isfinite(high).all()):
         raise RecipeError("A weight is NaN or infinite: the model is damaged and cannot be quantized.")
+    return low, high
+
+
+def range_grid(
+    low: torch.Tensor, high: torch.Tensor, bits: int, symmetric: bool = False
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Return the grid that spans ranges, as it is stored: scales float16, and zero points uint8 (None if symmetric).
+
+    Args:
+        low, high: float32 (out, n_groups).
+        bits: 2 to 8.
+        symmetric: leave the zero points out.
+
+    Raises:
+        RecipeError: a range overflows fp16 scales.
+    """
     top = 2**bits - 1
     if symmetric:
         scale = torch.maximum(low.abs(), high.abs()) / (2 ** (bits - 1) - 1)
@@ -106,11 +130,20 @@ def quantize_groups(weight: torch.Tensor, bits: int, group_size: int, symmetric:
     if bool((scale > _FP16_MAX).any()):
         raise RecipeError("A weight is too large for an fp16 scale: this model cannot be stored in group codes.")
     stored = scale.clamp(min=_FP16_TINY).half()
-    scale = stored.float()
-    zero = torch.full_like(scale, 2 ** (bits - 1)) if symmetric else (-low / scale).round_().clamp_(0, top)
-    codes = (groups / scale.unsqueeze(2)).round_().add_(zero.unsqueeze(2)).clamp_(0, top)
+    return stored, None if symmetric else (-low / stored.float()).round_().clamp_(0, top).to(torch.uint8)
+
+
+def nearest_codes(
+    weight: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None, bits: int, group_size: int
+) -> GroupCodes:
+    """Round a matrix (out, in) to the nearest points of a given grid; arguments as in ``GroupCodes``."""
+    out, width = weight.shape
+    group_size = min(group_size, width)
+    scale = scales.float().unsqueeze(2)
+    zero = 2 ** (bits - 1) if zeros is None else zeros.float().unsqueeze(2)
+    codes = (_grouped(weight.float(), group_size) / scale).round_().add_(zero).clamp_(0, 2**bits - 1)
     codes = codes.to(torch.uint8).view(out, -1)[:, :width].contiguous()
-    return GroupCodes(codes, stored, None if symmetric else zero.to(torch.uint8), bits, group_size)
+    return GroupCodes(codes, scales, zeros, bits, group_size)
 
 
 def dequantize(codes: GroupCodes, dtype: torch.dtype = torch.float32) -> torch.Tensor:

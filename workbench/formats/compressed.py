@@ -1,7 +1,8 @@
 """The compressed model: encodings of all matrices, everything else of the model, and one folder that holds it all.
 
 On disk: ``compressed.json`` (what it is, and size and SHA-256 of each file), ``weights.safetensors``, ``config.json``,
-the tokenizer, and ``fit.json`` (how long the fit took: a fact about one run, so no part of the identity).
+the tokenizer, ``fit.json`` (how long the fit took: a fact about one run, so no part of the identity), and where inputs
+were scaled ``input_scales.safetensors`` (which nothing that runs the model reads).
 """
 
 from __future__ import annotations
@@ -22,8 +23,10 @@ from safetensors.torch import load_file, save_file
 from workbench.errors import IntegrityError, ModelError
 from workbench.formats import bnb as bnb  # these modules' encodings register themselves
 from workbench.formats import ggml as ggml
+from workbench.formats import integer as integer
 from workbench.formats import manifest
 from workbench.formats import nested as nested
+from workbench.formats import salient as salient
 from workbench.formats import tables as tables
 from workbench.formats.encodings import Encoding, Tensors, from_parts
 from workbench.formats.folder import MANIFEST, file_sha256, is_compressed, new_folder, refusal
@@ -40,7 +43,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Base", "CompressedModel", "is_compressed"]
 
-FIT = "fit.json"
+FIT, SCALES = "fit.json", "input_scales.safetensors"
 _EMBEDDING, _OUTPUT, _OTHERS = "embedding", "output", "others."
 
 
@@ -58,6 +61,8 @@ class CompressedModel:
         output: encoding of the output layer, None where it is tied to the embedding.
         others: all other parameters by state-dict name: norms and biases in fp32, other matrices in bf16.
         selectors: how widths are chosen per token, None where they are not.
+        input_scales: by unit id, what the columns of its linears were multiplied by, float32 (in,); the inverse is
+            folded into what comes before. For comparing weights with dense ones and choosing codes anew, not to run.
         fit_seconds: wall time of making it, None where unknown.
         folder: where it was loaded from, None where it was made in memory.
         recorded_sha256: identity read from disk; ``sha256`` is computed where it is None.
@@ -72,6 +77,7 @@ class CompressedModel:
     output: Encoding | None
     others: Mapping[str, torch.Tensor]
     selectors: Selectors | None = None
+    input_scales: Mapping[str, torch.Tensor] = field(default_factory=dict)
     fit_seconds: float | None = None
     folder: Path | None = None
     recorded_sha256: str | None = field(default=None, repr=False)
@@ -169,10 +175,13 @@ class CompressedModel:
         target = Path(path).expanduser().absolute()
         with new_folder(target, need_bytes=self.weight_bytes, overwrite=overwrite) as folder:
             try:
-                save_file({name: t.contiguous() for name, t in self.tensors().items()}, folder / WEIGHTS)
+                save_file(_apart(self.tensors()), folder / WEIGHTS)
+                if self.input_scales:
+                    save_file({name: t.contiguous() for name, t in self.input_scales.items()}, folder / SCALES)
             except SafetensorError as error:
                 raise refusal(target, error) from error
-            (folder / WEIGHTS).chmod((folder.stat().st_mode & 0o666) | 0o600)  # safetensors makes files private
+            for written in folder.glob("*.safetensors"):
+                written.chmod((folder.stat().st_mode & 0o666) | 0o600)  # safetensors makes files private
             _write_json(folder / CONFIG, dict(self.config))
             save_tokenizer(self.tokenizer, folder)
             files = {
@@ -232,6 +241,7 @@ class CompressedModel:
             linears=encodings,
             others=others,
             selectors=_selectors(folder, config, chosen),
+            input_scales=_read(folder / SCALES) if SCALES in record.files else {},
             fit_seconds=_fit_seconds(folder / FIT),
             folder=folder,
             recorded_sha256=record.sha256,
@@ -254,6 +264,21 @@ class CompressedModel:
                     f"{self.folder}: {name} has shape {found.get(name)} where {CONFIG} says {expected.get(name)}: "
                     "compress the model again."
                 )
+        inputs = {unit.id: (unit.linears[0].in_features,) for unit in parts.units}
+        for name, scales in self.input_scales.items():
+            if inputs.get(name) != tuple(scales.shape) or scales.dtype != torch.float32:
+                raise IntegrityError(f"{self.folder}: the input scales of {name} do not fit {CONFIG}: compress again.")
+
+
+def _apart(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Contiguous, and each in memory of its own: linears of a unit may share what they know of their inputs."""
+    seen: set[int] = set()
+    found = {}
+    for name, tensor in tensors.items():
+        place = tensor.untyped_storage().data_ptr()
+        found[name] = tensor.contiguous() if place not in seen else tensor.clone(memory_format=torch.contiguous_format)
+        seen.add(place)
+    return found
 
 
 def _bytes(tensor: torch.Tensor) -> int:
@@ -276,14 +301,18 @@ def _write_json(path: Path, value: Mapping[str, Any]) -> None:
     path.write_bytes((text + "\n").encode("utf-8"))
 
 
+def _read(path: Path) -> dict[str, torch.Tensor]:
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise IntegrityError(f"{path} is damaged: {error}. Compress the model again.") from error
+
+
 def _read_tensors(
     path: Path,
 ) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """Return the tensors of each encoding, all others by state-dict name, and those of the selectors."""
-    try:
-        stored = load_file(path)
-    except (SafetensorError, OSError, ValueError) as error:
-        raise IntegrityError(f"{path} is damaged: {error}. Compress the model again.") from error
+    stored = _read(path)
     parts: dict[str, dict[str, torch.Tensor]] = defaultdict(dict)
     others, chosen = {}, {}
     for name, tensor in stored.items():

@@ -21,6 +21,7 @@ WEIGHTS, CONFIG = "weights.safetensors", "config.json"
 _TYPES = {
     "U8": np.uint8,
     "I8": np.int8,
+    "I16": np.int16,
     "I32": np.int32,
     "I64": np.int64,
     "F16": np.float16,

@@ -203,7 +203,9 @@ def dense_quality_columns(quality: QualityResult) -> dict[str, Any]:
 
 def recipe_columns(recipe: Recipe) -> dict[str, Any]:
     """What a recipe asked for. ``bits`` is None where units were given different widths without a target in bits."""
-    method = recipe.methods[-1].model_dump()
+    # Widths and groups are those of the method that stored the weights, where the last only chose codes anew.
+    chosen = recipe.methods[0 if recipe.methods[-1].stage == "codes" else -1]
+    method = chosen.model_dump()
     solution = recipe.solution
     mixed = bool(method.get("unit_bits"))
     asked = {"bnb-nf4": 4, "bnb-int8": 8}.get(method["method"], None if mixed else method.get("bits"))
@@ -211,10 +213,16 @@ def recipe_columns(recipe: Recipe) -> dict[str, Any]:
         asked = solution.budget.average_bits
     source = solution.damage if solution is not None else None
     return {
-        "method": method["method"],
+        "method": method.get("activations") or recipe.label,
         "variant": "solved" if solution is not None else ("by hand" if mixed else "uniform"),
         "bits": asked,
-        "activation_bits": 8 if method["method"] == "bnb-int8" else _DENSE_BITS,
+        "activation_bits": method.get("activation_bits", 8 if method["method"] == "bnb-int8" else _DENSE_BITS),
         "group_size": method.get("group_size", method.get("block_size")),
-        "calibration": source.text.name if source is not None and source.text is not None else None,
+        "calibration": source.text.name if source is not None and source.text is not None else _calibration(recipe),
     }
+
+
+def _calibration(recipe: Recipe) -> str | None:
+    """The text that methods were fitted on, where they name one."""
+    named = [getattr(method, "calibration", None) for method in recipe.methods]
+    return next((name for name in named if name is not None), None)

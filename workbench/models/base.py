@@ -7,8 +7,8 @@ decisions speak in units.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from workbench.errors import InputError, suggest
@@ -168,6 +168,7 @@ class LoadedModel(TextModel):
         device: where ``module`` lives.
         bos: token id that must begin every sequence, or None where the model was trained without one.
         stop_tokens: ids that end a reply.
+        derived: what was made from the model and is asked for again, such as text sampled from it; by its own key.
     """
 
     name: str
@@ -180,6 +181,7 @@ class LoadedModel(TextModel):
     device: torch.device
     bos: int | None
     stop_tokens: tuple[int, ...]
+    derived: dict[Hashable, Any] = field(default_factory=dict, repr=False, compare=False)
 
     def submodule(self, path: str) -> nn.Module:
         return self.module.get_submodule(path)

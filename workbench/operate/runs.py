@@ -43,7 +43,7 @@ def record_measurement(
         kind,
         name=name,
         model=found.model,
-        method=found.recipe.methods[-1].method,
+        method=found.recipe.label,
         recipe_sha256=found.recipe_sha256,
         summary={**summary(found), **more},
         environment=found.environment,

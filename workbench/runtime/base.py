@@ -48,7 +48,9 @@ class StepTrace:
 
     ``seconds`` is wall time inside the engine; ``read_bytes`` are stored bytes of block linears that a step of this
     plan has to read (codes, scales and tables of the widths, heads and neurons in use); ``decisions`` maps each slot
-    to the value in force.
+    to the value in force. Where inputs are rounded to integers with calibrated scales, ``clamped`` counts the codes
+    that were clamped and ``beyond`` the inputs beyond the calibrated range, each unit's inputs once. (Sums cannot
+    overflow: encodings whose sums could are refused.)
     """
 
     position: int
@@ -58,6 +60,8 @@ class StepTrace:
     decisions: dict[str, Any] = field(default_factory=dict)
     touched_bytes: int = 0
     parts: dict[str, float] = field(default_factory=dict)
+    clamped: int = 0
+    beyond: int = 0
 
 
 class EngineSequence(Protocol):

@@ -75,7 +75,7 @@ class CpuEngine(Guarded):
         threads: of each step, the caller's included; None for one per usable core.
         activation_mode: ``int8`` (bf16 where weights are bf16) or ``fp32``; None chooses the first. Weights in tables
             (``nested-tables``) are multiplied with fp32 activations in both: ``int8`` is then the output layer, and
-            an fp16 cache.
+            an fp16 cache. Integer encodings round their inputs as they say in both.
         cores: processor of each thread, or none.
         isa: instruction set, ``auto`` for the best that the processor has.
         planes: keep group codes as bit-planes and not packed.
@@ -328,14 +328,22 @@ class CpuEngine(Guarded):
             begin = end
 
     def _step_trace(self, row: tuple) -> StepTrace:
-        position, token, seconds, read, touched, parts, values = row
+        position, token, seconds, read, touched, parts, values, clamped, beyond = row
         decisions: dict[str, Any] = {}
         at = 0
         for name, size in self._slots:
             decisions[name] = values[at] if size == 1 else tuple(values[at : at + size])
             at += size
         return StepTrace(
-            position, token, seconds, round(read), decisions, round(touched), dict(zip(PARTS, parts, strict=True))
+            position,
+            token,
+            seconds,
+            round(read),
+            decisions,
+            round(touched),
+            dict(zip(PARTS, parts, strict=True)),
+            clamped,
+            beyond,
         )
 
 

@@ -16,7 +16,8 @@ import numpy as np
 from workbench.errors import EngineError
 from workbench.models.base import Architecture
 from workbench.progress import Job
-from workbench.runtime.cpu_source import GROUP_KINDS, Matrix, Source
+from workbench.runtime.cpu_integer import input_of
+from workbench.runtime.cpu_source import GROUP_KINDS, INTEGER_KINDS, Matrix, Source
 from workbench.runtime.plan import (
     LinearLevels,
     NormLevels,
@@ -140,8 +141,8 @@ def build(
             engine.add_rope(frequencies, factor)
         for block, (rope, window) in enumerate(of_block):
             engine.set_attention(block, rope, window)
-        _matrices(engine, source, arch, planes, job)
-        _vectors(engine, source, arch)
+        offsets = _matrices(engine, source, arch, planes, job)
+        _vectors(engine, source, arch, offsets)
         _plan(engine, plan, arch)
         engine.finish()
     except (ValueError, IndexError) as error:
@@ -210,16 +211,21 @@ def _llama3(frequencies: np.ndarray, parameters: Mapping[str, Any]) -> np.ndarra
 # Weights --------------------------------------------------------------------------------------------------------------
 
 
-def _matrices(engine: Any, source: Source, arch: Architecture, planes: bool, job: Job) -> None:
+def _matrices(engine: Any, source: Source, arch: Architecture, planes: bool, job: Job) -> dict[str, np.ndarray]:
+    """Hand over all matrices; return what integer ones add to their products, by linear id."""
+    offsets = {}
     job.stage("prepare weights", len(arch.linears))
     for linear in arch.linears:
         matrix = source.matrix(linear.id)
+        if matrix.kind in INTEGER_KINDS and "offset" in matrix.tensors:
+            offsets[linear.id] = matrix.tensors["offset"]
         for role, part in _split(linear.role, matrix, arch):
             _set(engine, f"blocks.{linear.block}.{role}", part, planes)
         job.advance()
     if source.has_output():
         _set(engine, "output", source.matrix("output"), False)
     _set(engine, "embedding", source.matrix("embedding"), False)
+    return offsets
 
 
 def _rows_of(role: str, arch: Architecture) -> dict[str, tuple[int, int]]:
@@ -247,6 +253,8 @@ def _set(engine: Any, name: str, matrix: Matrix, planes: bool) -> None:
         engine.set_f32(name, t["weight"])
     elif matrix.kind == "dense":
         engine.set_bf16(name, t["weight"])
+    elif matrix.kind in INTEGER_KINDS:
+        engine.set_integer(name, input_of(matrix), t["codes"], t["scales"].view(np.uint16))
     elif matrix.kind == "nested-tables":
         tables = [(b, t[f"table_{b}"].view(np.uint16)) for b in matrix.meta["widths"]]
         engine.set_tables(name, t["codes"], int(matrix.meta["shape"][1]), tables[-1][0], tables)
@@ -291,8 +299,8 @@ def _product(of_block: np.ndarray, of_group: np.ndarray, groups: int) -> np.ndar
     return np.repeat(of_block.astype(np.float32), groups, axis=1) * of_group.astype(np.float32)
 
 
-def _vectors(engine: Any, source: Source, arch: Architecture) -> None:
-    """Norms, biases and learned positions."""
+def _vectors(engine: Any, source: Source, arch: Architecture, offsets: Mapping[str, np.ndarray]) -> None:
+    """Norms, biases (with the offsets of integer products) and learned positions."""
     renamed = {"q": "q_norm", "k": "k_norm"}
     if not any(name.endswith(".pre_mlp") for name in arch.norms):
         renamed["post_attention"] = "pre_mlp"  # named for where it stands; it norms what the MLP reads
@@ -308,6 +316,9 @@ def _vectors(engine: Any, source: Source, arch: Architecture) -> None:
             engine.set_vector(f"{target}.bias", bias)
     for linear in arch.linears:
         bias = source.vector(f"{linear.path}.bias") if linear.bias else None
+        offset = offsets.get(linear.id)
+        if offset is not None:
+            bias = offset if bias is None else bias + offset
         if bias is None:
             continue
         parts = _rows_of(linear.role, arch) or {linear.role: (0, linear.out_features)}

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 # Kinds of matrices that the kernels read.
 GROUP_KINDS = ("groups", "nested", "affine")
+INTEGER_KINDS = ("integer",)
+ROW_TENSORS = ("codes", "scales", "offset")  # of integer kinds
 
 
 @dataclass(frozen=True)
@@ -40,9 +42,12 @@ class Matrix:
     tensors: Mapping[str, np.ndarray]
 
     def rows(self, first: int, last: int) -> Matrix:
-        """A slice of output rows: every stored tensor has one row per output."""
+        """A slice of output rows: stored tensors have one row per output, but for those that describe the inputs."""
         meta = {**self.meta, "shape": [last - first, self.meta["shape"][1]]}
-        return Matrix(self.kind, meta, {name: t[first:last] for name, t in self.tensors.items()})
+        of_rows = ROW_TENSORS if self.kind in INTEGER_KINDS else tuple(self.tensors)
+        return Matrix(
+            self.kind, meta, {name: t[first:last] if name in of_rows else t for name, t in self.tensors.items()}
+        )
 
 
 class Source(Protocol):

@@ -24,6 +24,7 @@ from workbench.models.base import Linear, LoadedModel
 from workbench.progress import Job
 from workbench.runtime.base import GREEDY, ActivationMode, Guarded, Sampler, StepTrace, TapCallback, prompt_pieces
 from workbench.runtime.decisions import Decisions, programs_of
+from workbench.runtime.integer_layers import IntegerLayers
 from workbench.runtime.plan import (
     PATH_SKIP_ATTENTION,
     PATH_SKIP_BLOCK,
@@ -95,6 +96,8 @@ class ReferenceEngine(Guarded):
         self._running: Decisions | None = None
         self._start = 0
         self._widths: dict[tuple[str, int], torch.Tensor] = {}
+        self._integers = IntegerLayers(model)
+        self._integers.check(self.plan)
         self._load_widths()
         self._install()
 
@@ -281,8 +284,17 @@ class ReferenceEngine(Guarded):
 
     def _trace_of(self, decisions: Decisions, start: int, tokens: Sequence[int], seconds: float) -> list[StepTrace]:
         reads = self._reads.per_token(decisions, len(tokens))
+        clamped, beyond = self._integers.counts(len(tokens))
         return [
-            StepTrace(start + i, int(token), seconds, int(reads[i]), decisions.record(i) if self.plan.deciders else {})
+            StepTrace(
+                start + i,
+                int(token),
+                seconds,
+                int(reads[i]),
+                decisions.record(i) if self.plan.deciders else {},
+                clamped=int(clamped[i]),
+                beyond=int(beyond[i]),
+            )
             for i, token in enumerate(tokens)
         ]
 
@@ -292,11 +304,13 @@ class ReferenceEngine(Guarded):
     def _run(self, decisions: Decisions, start: int, count: int, prompt_length: int) -> Iterator[None]:
         decisions.begin(start, count, prompt_length)
         self._running, self._start = decisions, start
+        self._integers.begin(start)
         self._reads.begin()
         try:
             yield
         finally:
             self._running = None
+            self._integers.begin(0)  # whoever runs the module itself starts there
 
     def _load_widths(self) -> None:
         """Dequantize every width that a consumer may choose."""

@@ -1,0 +1,137 @@
+"""AWQ: weights that strong inputs read are scaled up before rounding, and ranges are clipped where that costs less.
+
+Lin et al. 2024 (MLSys), "AWQ: Activation-aware Weight Quantization for On-Device LLM Compression and Acceleration".
+Scales are folded into what comes before (``apply.folding``), so that the result is group codes like any other: it runs
+in the same kernels at the same speed. What is stored is rounded to nearest; ``gptq`` may follow and choose the codes
+anew on this grid.
+
+What differs from the authors' code: the error of a unit is that of its linears' outputs by their second moment
+(``apply.awq_search``), not that of the whole attention or MLP on a few tokens; ``o`` is scaled with grouped heads too,
+by tied scales; a clipped range keeps its own zero point.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field, StrictBool
+
+from workbench.apply.awq_search import Found, Matrix, Options, make_grid, search_unit
+from workbench.apply.calibration import Calibrated, calibration_windows, check_finite
+from workbench.apply.config import GroupSize, Whole
+from workbench.apply.draft import Draft
+from workbench.apply.folding import find_fold
+from workbench.apply.moments import Inputs, input_moments
+from workbench.apply.registry import register
+from workbench.apply.rtn import GridConfig, linear_bits
+from workbench.apply.workers import side_by_side
+from workbench.corpus import TextRecord
+from workbench.formats.encodings import DENSE_BITS, Dense, Encoding, Groups
+from workbench.models.base import Linear
+from workbench.progress import Job
+
+_UNCLIPPED = ("q", "k", "qkv")  # the error of a product of the two is not that of either
+
+
+class AwqConfig(GridConfig, Calibrated):
+    """Scale input channels by their activations, clip ranges, and round to the nearest group codes.
+
+    Attributes:
+        scale: search scales; off leaves the clipping alone.
+        alpha_steps: exponents tried, 0 up to but not 1, as in the paper.
+        weight_factor: divide ``activation^alpha`` by ``weight^(1 - alpha)``.
+        clip: search clipped ranges, of all linears but q and k.
+        joint: judge each scale by its error after clipping, and not before; costs ten times the search.
+    """
+
+    method: Literal["awq"] = "awq"
+    group_size: GroupSize = 64
+    scale: StrictBool = True
+    alpha_steps: Annotated[Whole, Field(ge=1, le=100)] = 20
+    weight_factor: StrictBool = False
+    clip: StrictBool = True
+    joint: StrictBool = True
+
+
+@dataclass(frozen=True)
+class FittedAwq:
+    """What ``fit`` found.
+
+    Attributes:
+        bits: of every linear, by id.
+        units: what the search found, by unit id.
+        text: what it was fitted on.
+    """
+
+    bits: dict[str, int]
+    units: dict[str, Found]
+    text: TextRecord
+
+
+@register(AwqConfig)
+class Awq:
+    """Handler of ``AwqConfig``."""
+
+    def fit(self, draft: Draft, config: AwqConfig, *, seed: int, job: Job) -> FittedAwq:
+        """Search scales and ranges of every unit; the model is left as it was.
+
+        Memory: moments of as many units as fit a fixed bound (``apply.moments``), and a few copies of one unit.
+
+        Raises:
+            RecipeError: ``unit_bits`` names what is not there, or a weight or an activation is not finite.
+            CorpusError: the model's context is too short to sample text.
+            Cancelled: by ``job``, between windows or tries.
+        """
+        model = draft.model
+        bits = linear_bits(config, model.architecture)
+        check_finite(model, "choose 'rtn', which needs no text")
+        tokens, text = calibration_windows(model, config.calibration_tokens, seed, job, text=config.calibration)
+        options = Options(
+            config.group_size, config.symmetric, config.alpha_steps, config.weight_factor, config.clip, config.joint
+        )
+
+        def search(inputs: Inputs) -> Found:
+            job.check()
+            unit, moment, magnitude = inputs
+            fold = find_fold(model.architecture, unit) if config.scale else None
+            matrices = [_matrix(draft, linear, bits[linear.id]) for linear in unit.linears]
+            return search_unit(matrices, moment, magnitude, options, fold.tie if fold else None, job.check)
+
+        found: dict[str, Found] = {}
+        total, done = sum(unit.n_weights for unit in model.architecture.units), 0
+        for inputs in input_moments(model, tokens, job):
+            job.stage("search scales and ranges", total, done)
+            with side_by_side() as pool:
+                running = [(one.unit, pool.submit(search, one)) for one in inputs]
+                inputs.clear()
+                for unit, future in running:
+                    found[unit.id] = future.result()
+                    done += unit.n_weights
+                    job.advance(unit.n_weights)
+        return FittedAwq(bits, found, text)
+
+    def apply(self, draft: Draft, config: AwqConfig, fitted: FittedAwq, *, job: Job) -> None:
+        architecture = draft.model.architecture
+        shares: dict[str, torch.Tensor | None] = {}
+        for unit in architecture.units:
+            found = fitted.units[unit.id]
+            shares |= {linear.id: share for linear, share in zip(unit.linears, found.shares, strict=True)}
+            if found.scales is not None:
+                draft.folded.scale(draft.model, unit, found.scales)
+
+        def encode(linear: Linear, weight: torch.Tensor) -> Encoding:
+            bits = fitted.bits[linear.id]
+            if bits == DENSE_BITS:
+                return Dense.of(weight)
+            grid = make_grid(weight, bits, config.group_size, config.symmetric, shares[linear.id])
+            return Groups.of_codes(grid.nearest(weight))
+
+        draft.encode_linears(encode, job)
+        draft.encode_outputs(config.output_bits, config.group_size, config.symmetric, job)
+
+
+def _matrix(draft: Draft, linear: Linear, bits: int) -> Matrix:
+    dense = bits == DENSE_BITS
+    return Matrix(draft.weight(linear.path), None if dense else bits, linear.role not in _UNCLIPPED)

@@ -1,0 +1,223 @@
+"""The search of AWQ for one unit: a scale per input channel, and a clipped range per group of weights.
+
+Lin et al. 2024, "AWQ: Activation-aware Weight Quantization for On-Device LLM Compression and Acceleration", section 3.
+Errors are those of the unit's outputs, ``tr(E H E^T)`` with ``H = E[x x^T]`` of its inputs: what the mean over all
+calibration tokens of the squared change of the outputs is, without running them again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch.nn import functional
+
+from workbench.formats.codes import GroupCodes, dequantize, group_ranges, nearest_codes, range_grid
+
+CLIP_STEPS, CLIP_LEAST = 10, 0.5  # shares of the full range that are tried, as the authors' code does
+_ROWS = 384  # of a unit that scales are judged by: all share them, so a sample says enough and large units end soon
+
+
+@dataclass(frozen=True)
+class Grid:
+    """What weights are rounded to: see ``GroupCodes``."""
+
+    scales: torch.Tensor
+    zeros: torch.Tensor | None
+    bits: int
+    group_size: int
+
+    def nearest(self, weight: torch.Tensor) -> GroupCodes:
+        return nearest_codes(weight, self.scales, self.zeros, self.bits, self.group_size)
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """One linear of a unit in the search.
+
+    Attributes:
+        weight: float32 (out, in).
+        bits: that it will have; None where it stays dense.
+        clip: whether its ranges may be clipped. Not those of q and k: the error of their product is another one.
+    """
+
+    weight: torch.Tensor
+    bits: int | None
+    clip: bool = False
+
+
+def make_grid(
+    weight: torch.Tensor, bits: int, group_size: int, symmetric: bool, shares: torch.Tensor | None = None
+) -> Grid:
+    """The grid over every group's range, or over a share of it at both ends.
+
+    Args:
+        weight: float32 (out, in).
+        bits, group_size, symmetric: of the grid.
+        shares: float32 (out, n_groups), or None for whole ranges, which are those of round-to-nearest.
+    """
+    low, high = group_ranges(weight, group_size)
+    if shares is not None:
+        low, high = low * shares, high * shares
+    return Grid(*range_grid(low, high, bits, symmetric), bits, min(group_size, weight.shape[1]))
+
+
+def clip_shares(
+    weight: torch.Tensor, moment: torch.Tensor, bits: int, group_size: int, symmetric: bool
+) -> torch.Tensor:
+    """Return the share of every group's range with the least error of what the group adds to the outputs.
+
+    Shares do not depend on the scale of a row, so they stay right where rows are divided later.
+
+    Args:
+        weight: float32 (out, in).
+        moment: ``E[x x^T]`` of its inputs, float32 (in, in).
+        bits, group_size, symmetric: of the grid.
+
+    Returns:
+        float32 (out, n_groups), above ``CLIP_LEAST`` and at most 1.
+    """
+    blocks = group_moments(moment, min(group_size, weight.shape[1]))
+    low, _ = group_ranges(weight, group_size)
+    best, chosen = torch.full_like(low, torch.inf), torch.ones_like(low)
+    for step in range(CLIP_STEPS):
+        share = torch.full_like(low, 1 - (1 - CLIP_LEAST) * step / CLIP_STEPS)
+        grid = make_grid(weight, bits, group_size, symmetric, share)
+        cost = _group_costs(dequantize(grid.nearest(weight)).sub_(weight), blocks)
+        chosen = torch.where(cost < best, share, chosen)
+        best = torch.minimum(best, cost)
+    return chosen
+
+
+def group_moments(moment: torch.Tensor, group_size: int) -> torch.Tensor:
+    """The blocks of a moment (in, in) on its diagonal, (n_groups, group_size, group_size); a short last one padded."""
+    n = moment.shape[0]
+    padded = functional.pad(moment, (0, -n % group_size, 0, -n % group_size))
+    grouped = padded.unflatten(1, (-1, group_size)).unflatten(0, (-1, group_size))
+    return grouped.diagonal(dim1=0, dim2=2).permute(2, 0, 1).contiguous()
+
+
+def _group_costs(error: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
+    """``e_g H_gg e_g^T`` of every row's groups: error (out, in) to (out, n_groups)."""
+    size = blocks.shape[1]
+    grouped = functional.pad(error, (0, -error.shape[1] % size)).unflatten(1, (-1, size)).transpose(0, 1)
+    return ((grouped @ blocks) * grouped).sum(2).T
+
+
+def weight_magnitude(weights: Sequence[torch.Tensor], group_size: int) -> torch.Tensor:
+    """Mean over all rows of a weight's magnitude over the largest of its group, by input channel, float32 (in,)."""
+    total, rows = torch.zeros(weights[0].shape[1]), 0
+    for weight in weights:
+        width = weight.shape[1]
+        size = min(group_size, width)
+        grouped = functional.pad(weight.abs(), (0, -width % size)).unflatten(1, (-1, size))
+        grouped = grouped / grouped.amax(2, keepdim=True).clamp(min=1e-12)
+        total += grouped.flatten(1)[:, :width].sum(0)
+        rows += len(weight)
+    return total / rows
+
+
+def input_scales(magnitude: torch.Tensor, alpha: float, weights: torch.Tensor | None = None) -> torch.Tensor:
+    """``s = m^alpha``, or ``m^alpha / w^(1 - alpha)`` with the weights' magnitudes, normalised; float32 (in,).
+
+    Normalised by ``sqrt(max s * min s)``, so that no scale is far from 1; alpha = 0 without weights is no scaling.
+
+    Args:
+        magnitude: mean magnitude of each input, (in,); a channel that is never active counts as the weakest that is.
+        alpha: 0 to 1.
+        weights: ``weight_magnitude``, or None.
+    """
+    active = magnitude[magnitude > 0]
+    least = float(active.min()) if len(active) else 1.0
+    scales = magnitude.clamp(min=max(least, 1e-12)) ** alpha
+    if weights is not None:
+        scales = scales / weights.clamp(min=1e-4) ** (1 - alpha)
+    scales = scales.clamp(min=1e-4)
+    return scales / (scales.max() * scales.min()).sqrt()
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a unit is searched; see ``AwqConfig``."""
+
+    group_size: int
+    symmetric: bool
+    alpha_steps: int
+    weight_factor: bool
+    clip: bool
+    joint: bool
+
+
+@dataclass(frozen=True)
+class Found:
+    """What the search of a unit found.
+
+    Attributes:
+        scales: of its inputs, float32 (in,); None where they stay as they are.
+        shares: of each linear's ranges, float32 (out, n_groups), None where they are not clipped.
+        error: of the unit's outputs, in the search's own measure.
+        before: the same with neither scales nor clipping.
+    """
+
+    scales: torch.Tensor | None
+    shares: list[torch.Tensor | None]
+    error: float
+    before: float
+
+
+def search_unit(
+    matrices: Sequence[Matrix],
+    moment: torch.Tensor,
+    magnitude: torch.Tensor,
+    options: Options,
+    tie: Callable[[torch.Tensor], torch.Tensor] | None,
+    check: Callable[[], None] = lambda: None,
+) -> Found:
+    """Find the input scales, then the clipped ranges, of the linears of one unit.
+
+    Args:
+        matrices: the linears, which share their inputs.
+        moment: ``E[x x^T]`` of the inputs, float32 (in, in).
+        magnitude: mean magnitude of each input, float32 (in,).
+        options: of the search.
+        tie: makes scales such that they can be folded away (``Fold.tie``); None where nothing takes them.
+        check: called between two tries; may raise.
+    """
+    joint = options.clip and options.joint
+    before, _ = _error(matrices, moment, None, options, False)
+    scales = None
+    if tie is not None:
+        stride = max(1, sum(len(m.weight) for m in matrices) // _ROWS)  # one for all, so that each keeps its part
+        few = [replace(m, weight=m.weight[::stride]) for m in matrices]
+        weights = [m.weight for m in few if m.bits is not None]
+        factor = weight_magnitude(weights, options.group_size) if options.weight_factor and weights else None
+        best, _ = _error(few, moment, None, options, joint)
+        for step in range(options.alpha_steps):
+            check()
+            tried = tie(input_scales(magnitude, step / options.alpha_steps, factor))
+            error, _ = _error(few, moment, tried, options, joint)
+            if error < best:
+                best, scales = error, tried
+    error, shares = _error(matrices, moment, scales, options, options.clip)
+    return Found(scales, shares, error, before)
+
+
+def _error(
+    matrices: Sequence[Matrix], moment: torch.Tensor, scales: torch.Tensor | None, options: Options, clip: bool
+) -> tuple[float, list[torch.Tensor | None]]:
+    """``sum over linears of tr(E H E^T)`` and the shares that their ranges were clipped to."""
+    if scales is not None:
+        moment = moment / scales / scales.unsqueeze(1)
+    total, shares = 0.0, []
+    for matrix in matrices:
+        share = None
+        if matrix.bits is not None:
+            weight = matrix.weight if scales is None else matrix.weight * scales
+            grid = (matrix.bits, options.group_size, options.symmetric)
+            if clip and matrix.clip:
+                share = clip_shares(weight, moment, *grid)
+            error = dequantize(make_grid(weight, *grid, share).nearest(weight)).sub_(weight)
+            total += float(((error @ moment) * error).sum(dtype=torch.float64))
+        shares.append(share)
+    return total, shares

@@ -1,0 +1,188 @@
+"""What a quantizer costs and gains: methods side by side at the same bits, on texts that took no part in any fit."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from workbench.apply.calibration import CalibrationText
+from workbench.measure.bench import BenchContext, Rows, bench
+from workbench.measure.benches.engine import bench_prompt, step_columns, time_in_turns
+from workbench.measure.benches.quantization_methods import Contender, shifted, weight_only
+from workbench.measure.measurement import evaluation_windows
+from workbench.measure.quality import QualityResult, compare_candidates, compare_many
+from workbench.measure.result import Sizes, quality_columns
+from workbench.measure.rows import row
+from workbench.measure.statistics import median_bootstrap
+from workbench.models import load
+from workbench.models.base import LoadedModel
+from workbench.runtime import open_engine
+
+TEXTS: tuple[CalibrationText, ...] = ("prose", "pydoc")
+_WINDOWS, _QUICK_WINDOWS = (40, 512), (40, 128)  # how many, and their tokens
+_AT_ONCE = 4  # engines beside one dense pass: each holds a model
+
+# What is compared, as functions of the model and ``quick``: methods that quantize activations too join here.
+FAMILIES: tuple[Callable[[LoadedModel, bool], list[Contender]], ...] = (weight_only,)
+
+Qualities = dict[Contender, QualityResult]  # on one text
+
+
+@bench(
+    "quantization",
+    extra_keys=(
+        "ratio",
+        "gap_closed",
+        "rival",
+        "to_rival",
+        "to_rival_low",
+        "to_rival_high",
+        "speed_ratio",
+        "speed_low",
+        "speed_high",
+        "time_to_rtn",
+        "time_to_rtn_low",
+        "time_to_rtn_high",
+    ),
+)
+def quantization(context: BenchContext) -> Rows:
+    """Quantizers at 3 and 4 bits: round to nearest, AWQ, GPTQ and GPTAQ, their compositions, learnt codes, and rivals.
+
+    ``ratio`` is perplexity over that of the dense model; ``gap_closed`` the share of the logarithm of
+    round-to-nearest's ratio at those bits that a method takes away. ``rival`` names what ``to_rival`` (with its
+    interval) is against, nats a token more on the same windows (less: better): bitsandbytes' NF4 at 4 bits, channels
+    chosen by activation for those chosen otherwise, and for a fit on another domain the same fit on the text's own.
+    ``speed_ratio`` is decoding speed over that of bf16 in the same run, ``time_to_rtn`` the time of a token over that
+    of round-to-nearest's at those bits.
+
+    The output layer stays dense. Fits use text sampled from the model itself, but for those of the shift, whose
+    ``calibration`` says another; they are left out where quick, and where another text is given.
+    """
+    model = load(context.model, job=context.job)
+    texts = (context.text,) if context.text else TEXTS
+    contenders = [contender for family in FAMILIES for contender in family(model, context.quick)]
+    if not context.quick and context.text is None:
+        contenders += shifted(model, TEXTS)
+    for contender in contenders:
+        if contender.recipe is not None:
+            contender.compressed = context.compress(model, contender.recipe, context.job)
+    found = [_measure_quality(model, contenders, text, context) for text in texts]
+    speeds = _measure_speed(model, contenders, context)
+    return [
+        _row(model, contender, here[contender]) | _against(contender, here) | speeds.get(contender, {})
+        for here in found
+        for contender in contenders
+    ]
+
+
+def _measure_quality(
+    model: LoadedModel, contenders: Sequence[Contender], text: str, context: BenchContext
+) -> Qualities:
+    n_windows, length = _QUICK_WINDOWS if context.quick else _WINDOWS
+    windows, record = evaluation_windows(text, model, n_windows, length)
+    dense = open_engine(model, threads=context.threads, activation_mode="fp32")
+    found: Qualities = {}
+    try:
+        for begin in range(0, len(contenders), _AT_ONCE):
+            part = contenders[begin : begin + _AT_ONCE]
+            engines = [contender.engine(model, context.threads) for contender in part]
+            try:
+                results = compare_many(dense, engines, windows, text=record, job=context.job)
+            finally:
+                for engine in engines:
+                    engine.close()
+            found |= zip(part, results, strict=True)
+            for contender, engine in zip(part, engines, strict=True):
+                contender.ran_by, contender.activation_mode = engine.name, engine.activation_mode
+    finally:
+        dense.close()
+    return found
+
+
+def _measure_speed(
+    model: LoadedModel, contenders: Sequence[Contender], context: BenchContext
+) -> dict[Contender, dict[str, Any]]:
+    """Decoding and prefill of everything that is timed, in turns in one process."""
+    timed = [contender for contender in contenders if contender.timed]
+    with tempfile.TemporaryDirectory() as folder:
+        sides = []
+        for index, contender in enumerate(timed):
+            made = contender.compressed
+            source = model.source if made is None else str(made.save(Path(folder) / str(index)))
+            sides.append({"engine": contender.side, "source": source, "dtype": contender.dtype, "bits": None})
+        answer = time_in_turns(sides, bench_prompt(model), context, prefill_repeats=5)
+    medians = {
+        contender: np.array([np.median(run["step_s"]) for run in side["runs"]])
+        for contender, side in zip(timed, answer["sides"], strict=True)
+    }
+    dense = next(contender for contender in timed if contender.recipe is None)
+    found = {}
+    bandwidth = max(answer["bandwidth"])
+    for contender, side in zip(timed, answer["sides"], strict=True):
+        values = step_columns(side, answer["prefill_tokens"])
+        touched = [run["touched_bytes"] for run in side["runs"]]
+        if None not in touched:
+            size = float(np.mean(touched))
+            values |= {"bytes_per_token": size, "bandwidth_share": size / (values["ms_per_token"] / 1000) / bandwidth}
+        ratio = median_bootstrap(medians[dense] / medians[contender])
+        values |= {"speed_ratio": ratio.value, "speed_low": ratio.low, "speed_high": ratio.high}
+        rounded = next((c for c in timed if c.method == "rtn" and c.bits == contender.bits), None)
+        if rounded is not None and rounded is not contender:
+            ratio = median_bootstrap(medians[contender] / medians[rounded])
+            values |= {"time_to_rtn": ratio.value, "time_to_rtn_low": ratio.low, "time_to_rtn_high": ratio.high}
+        found[contender] = values
+    return found
+
+
+def _against(contender: Contender, here: Qualities) -> dict[str, Any]:
+    """Columns that compare a contender with others on the same windows."""
+    quality = here[contender]
+    entry: dict[str, Any] = {}
+    rounded = next((c for c in here if c.method == "rtn" and c.bits == contender.bits), None)
+    if rounded is not None and rounded is not contender:
+        entry["gap_closed"] = 1 - quality.delta_nll.value / here[rounded].delta_nll.value
+    rival = _rival(contender, here)
+    if rival is not None:
+        found = compare_candidates(quality, here[rival]).delta_nll
+        entry |= {"rival": rival.label, "to_rival": found.value, "to_rival_low": found.low, "to_rival_high": found.high}
+    return entry
+
+
+def _rival(contender: Contender, here: Qualities) -> Contender | None:
+    """What a contender is judged by: the one that it names, or its like that was fitted on this very domain."""
+    if contender.shift is None:
+        return next((c for c in here if c.label == contender.rival), None)
+    text = here[contender].text
+    if text is None or contender.shift == text.name:
+        return None
+    return next((c for c in here if c.shift == text.name and c.method == contender.method), None)
+
+
+def _row(model: LoadedModel, contender: Contender, quality: QualityResult) -> dict[str, Any]:
+    made = contender.compressed
+    sizes = Sizes.of_dense(model) if made is None else Sizes.of_compressed(made)
+    return row(
+        name=contender.name,
+        method=contender.method,
+        variant=contender.variant,
+        engine=contender.ran_by,
+        activation_mode=contender.activation_mode,
+        bits=contender.bits,
+        activation_bits=contender.activation_bits,
+        effective_bits=sizes.effective_bits,
+        read_bits=sizes.effective_bits,  # nothing is decided at run time: a step reads all that is stored
+        output_bits=sizes.output_bits,
+        weight_bytes=sizes.weight_bytes,
+        fit_seconds=None if made is None else made.fit_seconds,
+        calibration=contender.calibration,
+        group_size=contender.group_size,
+        ratio=float(np.exp(quality.delta_nll.value)),
+        text=quality.text.name if quality.text is not None else None,
+        n_tokens=quality.n_tokens,
+        repeats=quality.n_windows,
+        **quality_columns(quality),
+    )
