@@ -12,6 +12,7 @@ import pytest
 from workbench.measure.bench import run_bench
 from workbench.measure.benches import engine, quantization, quantization_methods
 
+SCHEMES = ("per-tensor", "per-token", "per-channel", "smoothquant", "plain-groups", "requantize", "rotation")
 METHODS = ("rtn", "awq", "gptq", "gptaq", "awq+gptq", "awq+gptaq", "learnt")
 GROUP_SIZE = 48  # the tiny model's rows
 
@@ -42,18 +43,26 @@ def test_every_method_is_there_on_both_texts(rows: list[dict[str, Any]]) -> None
     for text in ("prose", "pydoc"):
         here = [r for r in rows if r["text"] == text]
         assert here[0]["method"] == "bf16"
-        uniform = {(r["method"], r["bits"]) for r in here if r["variant"] == "uniform" and r["name"] == "workbench"}
+        ours = [r for r in here if r["name"] == "workbench"]
+        uniform = {(r["method"], r["bits"]) for r in ours if r["variant"] == "uniform" and r["activation_bits"] == 16}
         assert uniform == {(method, bits) for method in METHODS for bits in (3, 4)}
         assert {r["variant"] for r in here if r["method"] == "salient"} == {"by activation", "by weight", "by random"}
         if find_spec("bitsandbytes") is not None:
             # NF4 needs rows of whole blocks of 64, which this model has not.
             assert {r["method"] for r in here if r["name"] == "bitsandbytes"} == {"int8"}
+        for bits in (8, 4):
+            integer = [r for r in ours if r["activation_bits"] == bits]
+            assert {r["method"] for r in integer if r["method"] != "tender"} == set(SCHEMES)
+            assert [r["variant"] for r in integer if r["method"] == "tender"] == ["scales by token", "scales by chunk"]
+            assert {r["bits"] for r in integer} == {bits}
 
 
 def test_quick_keeps_the_rows_of_the_claim(quick: list[dict[str, Any]]) -> None:
     assert [(r["method"], r["bits"]) for r in quick] == [
         ("bf16", 16),
+        ("bf16", 16),
         *[(method, bits) for bits in (3, 4) for method in ("rtn", "awq", "awq+gptaq", "learnt")],
+        *[(method, 8) for method in ("per-tensor", "per-token", "tender")],
     ]
     assert {r["text"] for r in quick} == {"pydoc"}
 
@@ -63,9 +72,9 @@ def test_columns_follow_from_one_another(rows: list[dict[str, Any]]) -> None:
         assert entry["ratio"] == pytest.approx(np.exp(entry["delta_nll"]))
         assert entry["delta_nll_low"] <= entry["delta_nll"] <= entry["delta_nll_high"]
         rtn = [r for r in rows if (r["method"], r["bits"], r["text"]) == ("rtn", entry["bits"], entry["text"])]
-        if rtn and entry["method"] != "rtn":
+        if rtn and entry["method"] != "rtn" and entry["activation_bits"] == 16:
             assert entry["gap_closed"] == pytest.approx(1 - entry["delta_nll"] / rtn[0]["delta_nll"], rel=1e-6)
-        if entry["name"] == "workbench" and entry["bits"] in (3, 4) and entry["method"] != "salient":
+        if entry["activation_bits"] == 16 and entry["bits"] in (3, 4) and entry["method"] != "salient":
             assert entry["effective_bits"] == pytest.approx(entry["bits"] + 0.4, abs=0.1)  # rows of 48 and 96
         if entry["method"] == "salient":
             assert entry["effective_bits"] > 3.5
@@ -97,14 +106,38 @@ def test_the_shift_compares_domains_on_each_text(rows: list[dict[str, Any]]) -> 
         assert entry["decode_tokens_per_s"] is None
 
 
+def test_integer_activations_are_judged_by_tender_and_tender_by_rows(rows: list[dict[str, Any]]) -> None:
+    for entry in (r for r in rows if r["activation_bits"] in (4, 8) and r["name"] == "workbench"):
+        bits = entry["bits"]
+        tender = entry["method"] == "tender"
+        assert entry["rival"] == (f"per-token, {bits} bits" if tender else f"tender, scales by token, {bits} bits")
+        assert entry["to_rival_low"] <= entry["to_rival"] <= entry["to_rival_high"]
+        simulated = entry["method"] == "per-channel"
+        assert (entry["engine"] == "reference") == simulated
+        if simulated:
+            assert entry["prefill_tokens_per_s"] is None
+        else:
+            assert entry["prefill_to_rival_low"] <= entry["prefill_to_rival_ratio"] <= entry["prefill_to_rival_high"]
+
+
+def test_the_faster_bf16_is_what_prompts_are_compared_with(rows: list[dict[str, Any]]) -> None:
+    both = [r for r in rows if r["method"] == "bf16" and r["text"] == "prose"]
+    assert [r["name"] for r in both] == ["workbench", "transformers"]
+    faster = max(both, key=lambda r: r["prefill_tokens_per_s"])
+    assert faster["prefill_speed_ratio"] == 1
+    assert both[1]["decode_tokens_per_s"] is None
+
+
 def test_speed_is_beside_bf16_and_rounding(rows: list[dict[str, Any]], quick: list[dict[str, Any]]) -> None:
     for entry in (*rows, *quick):
+        if entry["prefill_tokens_per_s"] is not None:
+            assert entry["prefill_speed_low"] <= entry["prefill_speed_ratio"] <= entry["prefill_speed_high"]
         if entry["decode_tokens_per_s"] is None:
             continue
         assert entry["ms_per_token"] == pytest.approx(1000 / entry["decode_tokens_per_s"])
         assert entry["prefill_tokens_per_s"] > 0
         assert entry["speed_low"] <= entry["speed_ratio"] <= entry["speed_high"]
-        if entry["bits"] in (3, 4) and entry["name"] == "workbench" and entry["method"] != "rtn":
-            assert entry["time_to_rtn_low"] <= entry["time_to_rtn"] <= entry["time_to_rtn_high"]
+        if entry["bits"] in (3, 4) and entry["activation_bits"] == 16 and entry["method"] != "rtn":
+            assert entry["time_to_rtn_low"] <= entry["time_to_rtn_ratio"] <= entry["time_to_rtn_high"]
     fitted = [r for r in quick if r["method"] == "awq"]
     assert all(r["fit_seconds"] > 0 and r["calibration"] == "self" for r in fitted)

@@ -22,7 +22,7 @@ from workbench.models.base import Linear, Unit
 from workbench.progress import Job
 
 Activations = Literal["per-tensor", "per-token", "per-channel", "smoothquant", "plain-groups", "requantize", "rotation"]
-_CALIBRATED = ("per-tensor", "per-channel", "smoothquant", "requantize")
+CALIBRATED = ("per-tensor", "per-channel", "smoothquant", "requantize")
 _TINY = 2.0**-100  # a step of inputs that are always zero
 
 
@@ -111,7 +111,7 @@ class IntegerMethod:
             Cancelled: by ``job``.
         """
         units = draft.model.architecture.units
-        if config.activations not in _CALIBRATED:
+        if config.activations not in CALIBRATED:
             return FittedInputs({unit.id: _own_ranges(unit, config, seed) for unit in units}, None)
         check_finite(draft.model)
         windows, text = calibration_windows(draft.model, config.calibration_tokens, seed, job)

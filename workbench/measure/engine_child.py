@@ -161,7 +161,10 @@ def _selectors(model: CompressedModel) -> Selectors:
 
 
 def measure(request: dict[str, Any], job: Job) -> dict[str, Any]:
-    """Time all sides in turns; ``benches.engine`` writes the request and reads the answer."""
+    """Time all sides in turns; ``benches.engine`` writes the request and reads the answer.
+
+    A side with ``decode`` false has its prefill timed alone, and no runs.
+    """
     from workbench.runtime.cpu_build import kernels
 
     prompt, new_tokens, threads = request["prompt"], request["new_tokens"], request["threads"]
@@ -172,9 +175,10 @@ def measure(request: dict[str, Any], job: Job) -> dict[str, Any]:
     bandwidth = [kernels().bandwidth(threads)]
     rounds = request["warmup"] + request["pairs"]
     runs: list[list[dict[str, Any]]] = [[] for _ in sides]
-    job.stage("time decoding", rounds * len(sides))
+    decoding = [i for i, side in enumerate(request["sides"]) if side.get("decode", True)]
+    job.stage("time decoding", rounds * len(decoding))
     for index in range(rounds):
-        for i in order_of_round(index, len(sides)):
+        for i in (decoding[turn] for turn in order_of_round(index, len(decoding))):
             timing = sides[i].decode(prompt, new_tokens)
             if index >= request["warmup"]:
                 runs[i].append(vars(timing))
@@ -187,7 +191,7 @@ def measure(request: dict[str, Any], job: Job) -> dict[str, Any]:
         for i in order_of_round(index, len(sides)):
             prefill[i].append(sides[i].prefill(long_prompt))
             job.advance()
-    if any(not run for run in runs):
+    if any(not runs[i] for i in decoding):
         raise EngineError("No round of timing counted: ask for at least one pair.")
     return {
         "sides": [{"runs": run, "prefill_s": seconds} for run, seconds in zip(runs, prefill, strict=True)],

@@ -126,6 +126,7 @@ def time_in_turns(
     *,
     prefill_repeats: int,
     pairs: int | None = None,
+    new_tokens: int | None = None,
 ) -> dict[str, Any]:
     """Time all sides in one child process, a round of each after the other; ``engine_child`` says what comes back."""
     return run_child(
@@ -133,7 +134,7 @@ def time_in_turns(
         {
             "sides": list(sides),
             "prompt": list(prompt),
-            "new_tokens": _NEW_TOKENS,
+            "new_tokens": _NEW_TOKENS if new_tokens is None else new_tokens,
             "pairs": PAIRS_FOR_A_CLAIM if pairs is None else pairs,
             "warmup": 1,
             "threads": context.threads,

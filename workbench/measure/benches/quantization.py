@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,13 @@ import numpy as np
 from workbench.apply.calibration import CalibrationText
 from workbench.measure.bench import BenchContext, Rows, bench
 from workbench.measure.benches.engine import bench_prompt, step_columns, time_in_turns
-from workbench.measure.benches.quantization_methods import Contender, shifted, weight_only
+from workbench.measure.benches.quantization_methods import (
+    Contender,
+    dense_rows,
+    integer_activations,
+    shifted,
+    weight_only,
+)
 from workbench.measure.measurement import evaluation_windows
 from workbench.measure.quality import QualityResult, compare_candidates, compare_many
 from workbench.measure.result import Sizes, quality_columns
@@ -24,10 +30,8 @@ from workbench.runtime import open_engine
 
 TEXTS: tuple[CalibrationText, ...] = ("prose", "pydoc")
 _WINDOWS, _QUICK_WINDOWS = (40, 512), (40, 128)  # how many, and their tokens
+_SPEED, _QUICK_SPEED = (20, 128), (10, 64)  # prompts read by each, and tokens decoded a round
 _AT_ONCE = 4  # engines beside one dense pass: each holds a model
-
-# What is compared, as functions of the model and ``quick``: methods that quantize activations too join here.
-FAMILIES: tuple[Callable[[LoadedModel, bool], list[Contender]], ...] = (weight_only,)
 
 Qualities = dict[Contender, QualityResult]  # on one text
 
@@ -44,27 +48,39 @@ Qualities = dict[Contender, QualityResult]  # on one text
         "speed_ratio",
         "speed_low",
         "speed_high",
-        "time_to_rtn",
+        "time_to_rtn_ratio",
         "time_to_rtn_low",
         "time_to_rtn_high",
+        "prefill_speed_ratio",
+        "prefill_speed_low",
+        "prefill_speed_high",
+        "prefill_to_rival_ratio",
+        "prefill_to_rival_low",
+        "prefill_to_rival_high",
     ),
 )
 def quantization(context: BenchContext) -> Rows:
-    """Quantizers at 3 and 4 bits: round to nearest, AWQ, GPTQ and GPTAQ, their compositions, learnt codes, and rivals.
+    """Quantizers of weights at 3 and 4 bits, of activations too at 8 and 4: AWQ, GPTQ, Tender, and their rivals.
 
     ``ratio`` is perplexity over that of the dense model; ``gap_closed`` the share of the logarithm of
     round-to-nearest's ratio at those bits that a method takes away. ``rival`` names what ``to_rival`` (with its
     interval) is against, nats a token more on the same windows (less: better): bitsandbytes' NF4 at 4 bits, channels
-    chosen by activation for those chosen otherwise, and for a fit on another domain the same fit on the text's own.
-    ``speed_ratio`` is decoding speed over that of bf16 in the same run, ``time_to_rtn`` the time of a token over that
-    of round-to-nearest's at those bits.
+    chosen by activation for those chosen otherwise, for a fit on another domain the same fit on the text's own,
+    Tender for whatever else rounds activations, and per-token scales for Tender. ``prefill_to_rival_ratio`` is the
+    time of a prompt over the rival's.
+
+    ``speed_ratio`` is decoding speed over that of this engine's bf16 in the same run, ``prefill_speed_ratio`` that of a
+    prompt over the faster of this engine's and PyTorch's bf16, ``time_to_rtn_ratio`` the time of a token over that of
+    round-to-nearest's at those bits. Rows with ``activation_bits`` of 16 leave activations to the engine, which
+    rounds them to 8 bits by token and group (``activation_mode``).
 
     The output layer stays dense. Fits use text sampled from the model itself, but for those of the shift, whose
     ``calibration`` says another; they are left out where quick, and where another text is given.
     """
     model = load(context.model, job=context.job)
     texts = (context.text,) if context.text else TEXTS
-    contenders = [contender for family in FAMILIES for contender in family(model, context.quick)]
+    contenders = dense_rows()
+    contenders += [*weight_only(model, context.quick), *integer_activations(model, context.quick)]
     if not context.quick and context.text is None:
         contenders += shifted(model, TEXTS)
     for contender in contenders:
@@ -113,37 +129,59 @@ def _measure_speed(
         for index, contender in enumerate(timed):
             made = contender.compressed
             source = model.source if made is None else str(made.save(Path(folder) / str(index)))
-            sides.append({"engine": contender.side, "source": source, "dtype": contender.dtype, "bits": None})
-        answer = time_in_turns(sides, bench_prompt(model), context, prefill_repeats=5)
-    medians = {
-        contender: np.array([np.median(run["step_s"]) for run in side["runs"]])
-        for contender, side in zip(timed, answer["sides"], strict=True)
-    }
-    dense = next(contender for contender in timed if contender.recipe is None)
-    found = {}
+            side = {"engine": contender.side, "source": source, "dtype": contender.dtype, "bits": None}
+            sides.append(side | {"decode": contender.timed != "prefill"})
+        prefills, new_tokens = _QUICK_SPEED if context.quick else _SPEED
+        answer = time_in_turns(sides, bench_prompt(model), context, prefill_repeats=prefills, new_tokens=new_tokens)
+    found: dict[Contender, dict[str, Any]] = {}
+    steps: dict[Contender, np.ndarray] = {}
+    prompts = {contender: np.array(side["prefill_s"]) for contender, side in zip(timed, answer["sides"], strict=True)}
     bandwidth = max(answer["bandwidth"])
     for contender, side in zip(timed, answer["sides"], strict=True):
-        values = step_columns(side, answer["prefill_tokens"])
+        found[contender] = {"prefill_tokens_per_s": answer["prefill_tokens"] / float(np.median(prompts[contender]))}
+        if not side["runs"]:
+            continue
+        steps[contender] = np.array([np.median(run["step_s"]) for run in side["runs"]])
+        found[contender] |= step_columns(side, answer["prefill_tokens"])
         touched = [run["touched_bytes"] for run in side["runs"]]
         if None not in touched:
-            size = float(np.mean(touched))
-            values |= {"bytes_per_token": size, "bandwidth_share": size / (values["ms_per_token"] / 1000) / bandwidth}
-        ratio = median_bootstrap(medians[dense] / medians[contender])
-        values |= {"speed_ratio": ratio.value, "speed_low": ratio.low, "speed_high": ratio.high}
-        rounded = next((c for c in timed if c.method == "rtn" and c.bits == contender.bits), None)
-        if rounded is not None and rounded is not contender:
-            ratio = median_bootstrap(medians[contender] / medians[rounded])
-            values |= {"time_to_rtn": ratio.value, "time_to_rtn_low": ratio.low, "time_to_rtn_high": ratio.high}
-        found[contender] = values
+            size, seconds = float(np.mean(touched)), found[contender]["ms_per_token"] / 1000
+            found[contender] |= {"bytes_per_token": size, "bandwidth_share": size / seconds / bandwidth}
+    ours, *others = [contender for contender in timed if contender.method == "bf16"]
+    faster = min((ours, *others), key=lambda contender: float(np.median(prompts[contender])))
+    for contender, values in found.items():
+        values |= _ratio("prefill_speed", prompts[faster], prompts[contender])
+        rival = next((c for c in timed if c.label == contender.rival), None)
+        if rival is not None:
+            values |= _ratio("prefill_to_rival", prompts[contender], prompts[rival])
+        if contender not in steps:
+            continue
+        values |= _ratio("speed", steps[ours], steps[contender])
+        rounded = _rounded(contender, timed)
+        if rounded is not None:
+            values |= _ratio("time_to_rtn", steps[contender], steps[rounded])
     return found
+
+
+def _ratio(name: str, above: np.ndarray, below: np.ndarray) -> dict[str, float]:
+    """Columns of the median ratio of paired times, with its interval."""
+    ratio = median_bootstrap(above / below)
+    return {f"{name}_ratio": ratio.value, f"{name}_low": ratio.low, f"{name}_high": ratio.high}
+
+
+def _rounded(contender: Contender, among: Iterable[Contender]) -> Contender | None:
+    """Round-to-nearest at a contender's bits, where that is another and the contender rounds weights alone."""
+    if contender.method == "rtn" or contender.activation_bits != 16:
+        return None
+    return next((c for c in among if c.method == "rtn" and c.bits == contender.bits), None)
 
 
 def _against(contender: Contender, here: Qualities) -> dict[str, Any]:
     """Columns that compare a contender with others on the same windows."""
     quality = here[contender]
     entry: dict[str, Any] = {}
-    rounded = next((c for c in here if c.method == "rtn" and c.bits == contender.bits), None)
-    if rounded is not None and rounded is not contender:
+    rounded = _rounded(contender, here)
+    if rounded is not None:
         entry["gap_closed"] = 1 - quality.delta_nll.value / here[rounded].delta_nll.value
     rival = _rival(contender, here)
     if rival is not None:

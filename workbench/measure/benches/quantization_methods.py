@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from typing import Literal
 
@@ -12,9 +12,11 @@ from workbench.apply.bnb import BnbInt8Config, BnbNf4Config
 from workbench.apply.calibration import CalibrationText
 from workbench.apply.config import MethodConfig
 from workbench.apply.gptq import GptqConfig
+from workbench.apply.integer import CALIBRATED, Activations, IntegerConfig
 from workbench.apply.recipe import Recipe
 from workbench.apply.rtn import RtnConfig
 from workbench.apply.salient import SalientConfig
+from workbench.apply.tender import IntegerBits, Scales, TenderConfig
 from workbench.apply.tune import TuneConfig
 from workbench.formats.compressed import CompressedModel
 from workbench.models import load
@@ -29,6 +31,19 @@ _OUTPUT_BITS = 16  # the claim is about the blocks' linears
 _NF4_BLOCK = 64  # weights per scale, bitsandbytes' own default
 _SALIENT_BITS, _SHARE = 3, 0.01
 _SHIFT_BITS = 3
+_SCHEMES: tuple[Activations, ...] = (
+    "per-tensor",
+    "per-token",
+    "per-channel",
+    "smoothquant",
+    "plain-groups",
+    "requantize",
+    "rotation",
+)
+_INTEGER_BITS: tuple[IntegerBits, ...] = (8, 4)
+_SCALES: tuple[Scales, ...] = ("token", "chunk")
+_QUICK_SCHEMES = ("per-tensor", "per-token")
+_TENDER = "scales by token"  # what the others are judged by
 _TOKENS = GptqConfig().calibration_tokens
 
 
@@ -46,7 +61,7 @@ class Contender:
         group_size: weights per scale.
         activation_bits: that the recipe asks for.
         rival: label of what it is judged by, beside round-to-nearest; None for nothing.
-        timed: whether its speed is measured.
+        timed: whether its speed is measured; ``prefill`` for that of a prompt alone.
         shift: text whose own split it was fitted on, in the comparison across domains; None elsewhere.
         compressed: what the recipe gave.
         ran_by, activation_mode: what quality was measured with.
@@ -63,7 +78,7 @@ class Contender:
     group_size: int | None = _GROUP_SIZE
     activation_bits: int = 16
     rival: str | None = None
-    timed: bool = True
+    timed: bool | Literal["prefill"] = True
     shift: str | None = None
     compressed: CompressedModel | None = None
     ran_by: str = ""
@@ -82,9 +97,15 @@ class Contender:
         return open_engine(load(model.source, dtype=self.dtype), engine=self.side, threads=threads)
 
 
+def dense_rows() -> list[Contender]:
+    """The dense model in bf16: this engine's, and PyTorch's, which is there for the time of a prompt."""
+    ours = Contender("bf16", 16, variant="dense", dtype="bfloat16", group_size=None)
+    return [ours, replace(ours, name="transformers", side="reference", timed="prefill")]
+
+
 def weight_only(model: LoadedModel, quick: bool) -> list[Contender]:
-    """Dense bf16 first, then every method that leaves activations to the engine."""
-    found = [Contender("bf16", 16, variant="dense", dtype="bfloat16", group_size=None)]
+    """Every method that leaves activations to the engine."""
+    found = []
     for bits in BITS:
         for method, configs in _methods(bits).items():
             if not quick or method in _QUICK:
@@ -148,6 +169,46 @@ def _bitsandbytes(model: LoadedModel) -> list[Contender]:
     for contender in found:
         contender.name, contender.side, contender.dtype = "bitsandbytes", "reference", "bfloat16"
     return found
+
+
+def integer_activations(model: LoadedModel, quick: bool) -> list[Contender]:
+    """Everything that rounds activations too, with as many bits as the weights have; 8, and 4 where not quick."""
+    found = []
+    for bits in _INTEGER_BITS[: 1 if quick else None]:
+        schemes = [scheme for scheme in _SCHEMES if not quick or scheme in _QUICK_SCHEMES]
+        found += [_integer(model, scheme, bits) for scheme in schemes]
+        found += [_tender(model, scales, bits) for scales in _SCALES[: 1 if quick else None]]
+    return found
+
+
+def _integer(model: LoadedModel, scheme: Activations, bits: IntegerBits) -> Contender:
+    config = IntegerConfig(activations=scheme, bits=bits, activation_bits=bits, output_bits=_OUTPUT_BITS)
+    simulated = scheme == "per-channel"  # no product of integers can be scaled so: nothing to time
+    return Contender(
+        scheme,
+        bits,
+        Recipe.for_model(model, config),
+        side="reference" if simulated else "cpu",
+        calibration="self" if scheme in CALIBRATED else None,
+        group_size=config.group_size if scheme == "plain-groups" else None,
+        activation_bits=bits,
+        rival=f"tender, {_TENDER}, {bits} bits",
+        timed=not simulated,
+    )
+
+
+def _tender(model: LoadedModel, scales: Scales, bits: IntegerBits) -> Contender:
+    config = TenderConfig(bits=bits, activation_bits=bits, scales=scales, output_bits=_OUTPUT_BITS)
+    return Contender(
+        "tender",
+        bits,
+        Recipe.for_model(model, config),
+        variant=f"scales by {scales}",
+        calibration="self",
+        group_size=None,
+        activation_bits=bits,
+        rival=f"per-token, {bits} bits",
+    )
 
 
 def shifted(model: LoadedModel, texts: Sequence[CalibrationText]) -> list[Contender]:
