@@ -23,6 +23,7 @@ from typing import Annotated, Literal
 import torch
 from pydantic import Field
 
+from workbench.analysis.outliers import power_of_two_groups
 from workbench.apply.calibration import FEWEST_TOKENS, calibration_windows, check_finite
 from workbench.apply.config import Bits, MethodConfig, Whole
 from workbench.apply.draft import Draft
@@ -93,21 +94,14 @@ def channel_bias(low: torch.Tensor, high: torch.Tensor) -> torch.Tensor:
 def group_powers(magnitude: torch.Tensor, groups: int) -> torch.Tensor:
     """Power of two by which each channel's scale exceeds the smallest group's, int64 (in,), in 0 .. groups - 1.
 
-    With T the largest magnitude, a channel c is of group g (1 the largest) where ``T / 2^g < magnitude_c <= T /
-    2^(g-1)``, and of the last where it is smaller still; its power is ``groups - g``.
+    The largest group has the highest power, the smallest that has channels 0.
 
     Args:
         magnitude: float32 (in,), at least 0.
         groups: at least 1.
     """
-    largest = float(magnitude.max())
-    if largest <= 0:
-        return torch.zeros(len(magnitude), dtype=torch.int64)
-    below = torch.floor(-torch.log2((magnitude / largest).clamp(min=2.0**-groups)))
-    # The logarithm of a ratio just above a power of two may round to it.
-    below = below - ((magnitude > largest * torch.exp2(-below)) & (below > 0)).float()
-    powers = (groups - 1 - below.clamp(0, groups - 1)).long()
-    return powers - powers.min()
+    group = torch.from_numpy(power_of_two_groups(magnitude.numpy(), groups))
+    return group.max() - group
 
 
 def order_by_power(powers: torch.Tensor) -> tuple[torch.Tensor, tuple[int, ...], tuple[int, ...]]:
