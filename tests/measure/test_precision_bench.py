@@ -57,7 +57,18 @@ def test_every_method_is_there_at_every_width_and_target(rows: list[dict[str, An
         assert ("static-gain", "first token at the widest") in here
         assert ("dynamic", "held on target") in here
         assert ("dynamic", "thresholds of calibration") in here
+        assert ("dpllm-oracle", "exact errors") in here
     assert {r["text"] for r in rows[:-1]} == {"pydoc"}
+
+
+def test_the_oracle_is_also_held_to_the_bits_that_estimates_read(rows: list[dict[str, Any]]) -> None:
+    for target in TARGETS:
+        here = {(r["method"], r["variant"]): r for r in rows if r["bits"] == target}
+        published = next(r for (method, _), r in here.items() if method == "dpllm")
+        equal = here["dpllm-oracle", "exact errors, as many bits as dpllm"]
+        free = here["dpllm-oracle", "exact errors"]
+        before, after = (abs(r["realised_bits"] - published["realised_bits"]) for r in (free, equal))
+        assert after <= max(before, 0.1)  # a unit of this tiny model is several percent of its weights
 
 
 def test_rows_between_widths_read_what_they_say(rows: list[dict[str, Any]]) -> None:

@@ -185,9 +185,11 @@ def _target_rows(
         candidates += targets.first_widest(length)
     published = targets.published()
     candidates += [*targets.dynamic(), *published]
-    if not context.quick:
-        candidates += targets.oracle(published)
     found = evaluate(dense, candidates, windows, record, context)
+    if not context.quick:
+        exact = targets.oracle(published, windows)
+        found += evaluate(dense, exact, windows, record, context)
+        candidates += exact
     known = list(zip(candidates, found, strict=True))
     moving = [pair for pair in known if pair[0].method in ("dynamic", "dpllm")]
     compared = against_static(targets, dense, moving, known, windows, record, context)

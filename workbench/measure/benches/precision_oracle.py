@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,6 +15,8 @@ from workbench.formats.nested import Nested
 from workbench.models.base import LoadedModel, Unit
 from workbench.runtime.plan import Plan, PositionTable
 from workbench.runtime.precision import error_thresholds
+
+_MOST_FACTOR, _HALVINGS = 4.0, 8  # of thresholds, to 1 percent
 
 
 class ExactChoices:
@@ -28,6 +31,10 @@ class ExactChoices:
         plan: DP-LLM's plan for the target, whose pairs of widths are decided between.
         target: average bits.
         weights: float32, by linear and width: filled here, and shared by targets.
+
+    Attributes:
+        factor: of all thresholds. Quantiles of errors on dense activations are low for coarse ones, whose errors are
+            larger, so that exact errors read more than was asked for.
     """
 
     def __init__(
@@ -40,7 +47,7 @@ class ExactChoices:
     ) -> None:
         if compressed.selectors is None:
             raise ValueError("The compressed model has no selectors.")
-        self._model = dense
+        self._model, self.factor = dense, 1.0
         thresholds = error_thresholds(compressed.architecture, compressed.selectors, target)
         pairs = {consumer.target: consumer.widths for consumer in plan.consumers}
         fixed = {d.slot: d.program.values[0] for d in plan.deciders if isinstance(d.program, PositionTable)}
@@ -49,8 +56,28 @@ class ExactChoices:
             for unit in dense.architecture.units
         ]
 
+    def read_as_many(self, bits: float, windows: Sequence[Sequence[int]]) -> None:
+        """Set ``factor`` so that windows read ``bits`` of codes on average, as near as halvings get.
+
+        They may be the very windows that are measured: what is compared is how well the same bits are spent.
+        """
+        low, high = 1 / _MOST_FACTOR, _MOST_FACTOR
+        for _ in range(_HALVINGS):
+            self.factor = math.sqrt(low * high)
+            if float(np.mean([self._average(window) for window in windows])) > bits:
+                low = self.factor
+            else:
+                high = self.factor
+
+    def _average(self, tokens: Sequence[int]) -> float:
+        self(tokens)
+        sizes = [unit.n_weights for unit in self._model.architecture.units]
+        return float(np.average([unit.bits for unit in self._units], weights=sizes))
+
     def __call__(self, tokens: Sequence[int]) -> list[dict[str, Any]]:
         """Decisions for each position of a window."""
+        for unit in self._units:
+            unit.factor = self.factor
         hooks = [hook for unit in self._units for hook in unit.hooks()]
         try:
             with torch.no_grad():
@@ -77,7 +104,8 @@ class _Choice:
         model: LoadedModel,
         weights: dict[tuple[str, int], torch.Tensor],
     ) -> None:
-        self.id, self._threshold, self._fixed = unit.id, threshold, fixed
+        self.id, self._threshold, self._fixed, self._widths = unit.id, threshold, fixed, widths
+        self.factor = 1.0
         self._modules = {linear.id: model.linear_module(linear.id) for linear in unit.linears}
         self._weights = {}
         for linear in unit.linears:
@@ -90,6 +118,12 @@ class _Choice:
             self._weights[linear.id] = tuple(weights[linear.id, bits] for bits in (widths[0], widths[-1]))
         self.chosen = np.zeros(0)
 
+    @property
+    def bits(self) -> float:
+        """Average width of the last window's tokens."""
+        low, high = self._widths[0], self._widths[-1]
+        return low + (high - low) * float(self.chosen.mean())
+
     def hooks(self) -> list[Any]:
         """Take over the unit's linears: the first decides for all."""
         first = next(iter(self._modules))
@@ -101,7 +135,11 @@ class _Choice:
             if decides:
                 squares = sum((x @ high.T - x @ low.T).square().sum(1) for low, high in self._weights.values())
                 errors = torch.as_tensor(squares).sqrt().cpu().numpy()
-                level = errors > self._threshold if self._fixed is None else np.full(len(x), bool(self._fixed))
+                level = (
+                    errors > self.factor * self._threshold
+                    if self._fixed is None
+                    else np.full(len(x), bool(self._fixed))
+                )
                 self.chosen = level.astype(np.float64)
             low, high = self._weights[name]
             wide = torch.from_numpy(self.chosen > 0).to(x.device)[:, None]

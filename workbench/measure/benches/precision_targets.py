@@ -39,6 +39,7 @@ QUICK_TARGETS = (3.25, 4.0, 4.75)
 STATIC = ("static-llm-mq", "static-hawq", "static-learnt", "static-gain")
 _SCORED = 32  # windows of 128 tokens that the scores of the static rivals are taken from
 _POSITIONS = 0.5  # bits more in the first half of a window, and fewer in the second, of the schedule by position
+_MATCHED = 8  # windows that the oracle's bits are matched on
 _AT_ONCE = 12  # candidates beside one dense pass: each holds logits of 128 positions
 
 
@@ -260,21 +261,23 @@ class Targets:
             for plan in [precision_plan(self.model.architecture, self.selectors, target, "error")]
         ]
 
-    def oracle(self, published: Sequence[Candidate]) -> list[Candidate]:
-        """DP-LLM on exact errors, in the engines of the published ones."""
+    def oracle(self, published: Sequence[Candidate], windows: Sequence[Window]) -> list[Candidate]:
+        """DP-LLM on exact errors, in the engines of the published ones, which have been evaluated.
+
+        Under the thresholds of calibration, and under such as read as many bits of these windows as estimates did.
+        """
         weights: dict[tuple[str, int], torch.Tensor] = {}
-        return [
-            Candidate(
-                "dpllm-oracle",
-                one.target,
-                one.engine,
-                self.model,
-                Policy(),
-                "exact errors",
-                replay=ExactChoices(self._dense, self.model, one.engine.plan, one.target, weights),
-            )
-            for one in published
-        ]
+        some = [window.tokens for window in windows[:: -(-len(windows) // _MATCHED)]]
+        found = []
+        for one in published:
+            for variant in ("exact errors", "exact errors, as many bits as dpllm"):
+                exact = ExactChoices(self._dense, self.model, one.engine.plan, one.target, weights)
+                if variant != "exact errors":
+                    exact.read_as_many(one.realised_bits, some)
+                found.append(
+                    Candidate("dpllm-oracle", one.target, one.engine, self.model, Policy(), variant, replay=exact)
+                )
+        return found
 
 
 def _estimators(plan: Plan) -> str:
