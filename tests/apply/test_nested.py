@@ -17,6 +17,7 @@ from workbench.apply.moments import input_moments
 from workbench.apply.nested import NestedConfig
 from workbench.apply.nested_fit import choose, fit_matrix, importance, round_matrix
 from workbench.apply.nested_tune import tune_scales
+from workbench.apply.parts import Parts
 from workbench.apply.recipe import Recipe
 from workbench.errors import Cancelled, RecipeError
 from workbench.formats.compressed import CompressedModel
@@ -193,7 +194,7 @@ def test_tuned_scales_bring_low_widths_closer_to_the_dense_model(tiny_model: Loa
     windows = tokens_of(count=2)
     linears = tiny_model.architecture.linears
     codes = {x.id: round_matrix(tiny_model.linear_module(x.id).weight, (2, 3, 4, 5), 16) for x in linears}
-    tuned = tune_scales(tiny_model, codes, windows, 24, Job())
+    tuned = tune_scales(tiny_model, codes, windows, 24, Job(), Parts())
     for bits in (2, 3, 4):
         assert divergence(tiny_model, tuned, bits, windows) < 0.95 * divergence(tiny_model, codes, bits, windows)
     for name, before in codes.items():

@@ -15,6 +15,7 @@ from typing import Any
 import pandas as pd
 import pytest
 
+from workbench.apply import nested, nested_tune
 from workbench.cli import main
 from workbench.store import Store
 
@@ -156,6 +157,28 @@ def test_every_mistake_is_one_line_with_what_to_do(
     with Store() as store:
         assert store.verify() == []
     assert not (tmp_path / "o").exists()
+
+
+def test_compress_goes_on_after_an_interruption(
+    workbench: Callable[..., Any], tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    method = {"method": "nested", "widths": [3, 4], "group_size": 16, "calibration_tokens": 512, "tune_steps": 1}
+    recipe = tmp_path / "r.json"
+    recipe.write_text(json.dumps({"model": "any", "methods": [method]}))
+    with monkeypatch.context() as patched:
+
+        def stop(*_: Any, **__: Any) -> None:
+            raise KeyboardInterrupt
+
+        patched.setattr(nested_tune, "tune", stop)
+        first = workbench("compress", tiny_folder, "--recipe", recipe, "--out", tmp_path / "o")
+    assert first.code == 130
+    assert "Finished parts are kept" in first.err
+    assert not (tmp_path / "o").exists()
+    monkeypatch.setattr(nested, "fit_matrix", lambda *_: pytest.fail("fitted again"))
+    assert workbench("compress", tiny_folder, "--recipe", recipe, "--out", tmp_path / "o").code == 0
+    with Store() as store:
+        assert store.info()["checkpoints"] == 0
 
 
 def test_impossible_budgets_and_unknown_units_say_what_is_possible(

@@ -126,6 +126,22 @@ def test_checkpoint_that_still_grows_is_not_abandoned(store: Store) -> None:
     assert checkpoint.has("first")
 
 
+def test_parts_of_unfinished_work_count_under_the_bound(store: Store) -> None:
+    store.checkpoint("fit").write_bytes("old", b"x" * 30)
+    grow_old(store.home / "checkpoints" / "fit")
+    store.checkpoint("fit").write_bytes("new", b"x" * 30)  # it grows still: a day has not passed
+    put(store, "a", b"a" * 10)
+    assert store.gc(max_bytes=70) == []
+    planned = store.gc(max_bytes=60, dry_run=True)
+    assert [(removal.what, removal.name, removal.bytes) for removal in planned] == [("checkpoint", "fit", 60)]
+    assert store.gc(max_bytes=60) == planned
+    assert store.checkpoint("fit").read_bytes("new") is None
+    assert keys(store) == ["a"]
+    store.checkpoint("fit").write_bytes("old", b"x")
+    grow_old(store.home / "checkpoints" / "fit")
+    assert [removal.name for removal in store.gc(max_bytes=0, dry_run=True)] == ["fit", "blob/a"]
+
+
 def test_unnamed_objects_go_at_once(store: Store) -> None:
     orphan = store.home / "objects" / "ab" / ("ab" * 32)
     orphan.parent.mkdir()

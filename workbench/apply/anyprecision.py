@@ -74,19 +74,26 @@ class AnyPrecisionMethod:
         """
         model = draft.model
         check_finite(model)
-        tokens, text = calibration_windows(model, config.calibration_tokens, seed, job)
-        importance = weight_importance(model, tokens, job)
-        codes = {}
+        tokens, text = calibration_windows(model, config.calibration_tokens, seed, job, parts=draft.parts)
         linears = model.architecture.linears
+        codes: dict[str, TableCodes] = {}
+        for linear in linears:
+            kept = draft.parts.encodings(linear.id) or {}
+            codes |= {name: one.codes for name, one in kept.items() if isinstance(one, NestedTables)}
+        missing = [(index, linear) for index, linear in enumerate(linears) if linear.id not in codes]
+        importance = weight_importance(model, tokens, job) if missing else {}
 
         def fit(index: int, linear: Linear) -> TableCodes:
             job.check()
             generator = torch.Generator().manual_seed(seed * len(linears) + index)
-            return fit_tables(draft.weight(linear.path), importance.pop(linear.id), config.widths, generator)
+            made = fit_tables(draft.weight(linear.path), importance.pop(linear.id), config.widths, generator)
+            draft.parts.keep_encodings(linear.id, {linear.id: NestedTables.of(made)})
+            return made
 
-        job.stage("fit tables", sum(linear.n_weights for linear in linears))
+        total = sum(linear.n_weights for linear in linears)
+        job.stage("fit tables", total, total - sum(linear.n_weights for _, linear in missing))
         with side_by_side() as pool:
-            running = [(linear, pool.submit(fit, index, linear)) for index, linear in enumerate(linears)]
+            running = [(linear, pool.submit(fit, index, linear)) for index, linear in missing]
             for linear, future in running:
                 codes[linear.id] = future.result()
                 job.advance(linear.n_weights)

@@ -24,12 +24,13 @@ from workbench.apply.config import GroupSize, Whole
 from workbench.apply.draft import Draft
 from workbench.apply.folding import find_fold
 from workbench.apply.moments import Inputs, input_moments
+from workbench.apply.parts import Parts
 from workbench.apply.registry import register
 from workbench.apply.rtn import GridConfig, linear_bits
 from workbench.apply.workers import side_by_side
 from workbench.corpus import TextRecord
 from workbench.formats.encodings import DENSE_BITS, Dense, Encoding, Groups
-from workbench.models.base import Linear
+from workbench.models.base import Linear, Unit
 from workbench.progress import Job
 
 _UNCLIPPED = ("q", "k", "qkv")  # the error of a product of the two is not that of either
@@ -87,7 +88,9 @@ class Awq:
         model = draft.model
         bits = linear_bits(config, model.architecture)
         check_finite(model, "choose 'rtn', which needs no text")
-        tokens, text = calibration_windows(model, config.calibration_tokens, seed, job, text=config.calibration)
+        tokens, text = calibration_windows(
+            model, config.calibration_tokens, seed, job, text=config.calibration, parts=draft.parts
+        )
         options = Options(
             config.group_size, config.symmetric, config.alpha_steps, config.weight_factor, config.clip, config.joint
         )
@@ -97,11 +100,16 @@ class Awq:
             unit, moment, magnitude = inputs
             fold = find_fold(model.architecture, unit) if config.scale else None
             matrices = [_matrix(draft, linear, bits[linear.id]) for linear in unit.linears]
-            return search_unit(matrices, moment, magnitude, options, fold.tie if fold else None, job.check)
+            made = search_unit(matrices, moment, magnitude, options, fold.tie if fold else None, job.check)
+            _keep(draft.parts, unit, made)
+            return made
 
-        found: dict[str, Found] = {}
-        total, done = sum(unit.n_weights for unit in model.architecture.units), 0
-        for inputs in input_moments(model, tokens, job):
+        units = model.architecture.units
+        found = {unit.id: kept for unit in units if (kept := _kept(draft.parts, unit)) is not None}
+        missing = [unit for unit in units if unit.id not in found]
+        total = sum(unit.n_weights for unit in units)
+        done = total - sum(unit.n_weights for unit in missing)
+        for inputs in input_moments(model, tokens, job, missing):
             job.stage("search scales and ranges", total, done)
             with side_by_side() as pool:
                 running = [(one.unit, pool.submit(search, one)) for one in inputs]
@@ -130,6 +138,21 @@ class Awq:
 
         draft.encode_linears(encode, job)
         draft.encode_outputs(config.output_bits, config.group_size, config.symmetric, job)
+
+
+def _keep(parts: Parts, unit: Unit, found: Found) -> None:
+    tensors = {f"shares.{i}": share for i, share in enumerate(found.shares) if share is not None}
+    if found.scales is not None:
+        tensors["scales"] = found.scales
+    parts.keep(unit.id, tensors, {"error": found.error, "before": found.before})
+
+
+def _kept(parts: Parts, unit: Unit) -> Found | None:
+    part = parts.find(unit.id)
+    if part is None:
+        return None
+    shares = [part.tensors.get(f"shares.{i}") for i in range(len(unit.linears))]
+    return Found(part.tensors.get("scales"), shares, **part.facts)
 
 
 def _matrix(draft: Draft, linear: Linear, bits: int) -> Matrix:

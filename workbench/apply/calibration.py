@@ -8,6 +8,7 @@ import torch
 from pydantic import Field
 
 from workbench.apply.config import Strict, Whole
+from workbench.apply.parts import Parts
 from workbench.corpus import Split, TextRecord, open_text, windows
 from workbench.errors import CorpusError, RecipeError
 from workbench.models.base import LoadedModel
@@ -63,10 +64,12 @@ def calibration_windows(
     job: Job,
     split: Split = "calibration",
     text: CalibrationText = "self",
+    parts: Parts | None = None,
 ) -> tuple[list[tuple[int, ...]], TextRecord]:
     """Windows of one length, of text that the model sampled or of a text's split: never what it is measured on.
 
-    Sampled text is kept with the model: several methods of a recipe, and several recipes, learn from the same.
+    Sampled text is kept with the model: several methods of a recipe, and several recipes, learn from the same. It is
+    one of the ``parts`` of the fit that asks for it.
 
     Raises:
         CorpusError: the model's context is too short to sample text.
@@ -75,18 +78,24 @@ def calibration_windows(
         return _windows_of(text, model, n_tokens, seed, split)
     key = ("calibration", split, n_tokens, seed)
     if key not in model.derived:
-        model.derived[key] = _sampled(model, n_tokens, seed, job, split)
+        model.derived[key] = _sampled(model, n_tokens, seed, job, split, parts or Parts())
     return model.derived[key]
 
 
 def _sampled(
-    model: LoadedModel, n_tokens: int, seed: int, job: Job, split: Split
+    model: LoadedModel, n_tokens: int, seed: int, job: Job, split: Split, parts: Parts
 ) -> tuple[list[tuple[int, ...]], TextRecord]:
+    name = f"text {split} {n_tokens} {seed}"
+    kept = parts.find(name)
+    if kept is not None:
+        return [tuple(window) for window in kept.tensors["windows"].tolist()], TextRecord.model_validate(kept.facts)
     # Documents as long as the tokens allow in one batch, and shorter than the context by what a start takes.
     length = min(_SAMPLED, model.architecture.context_length - 8, -(-n_tokens // _BATCH))
     corpus = open_text("self", split, model=model, n_tokens=n_tokens, seed=seed, length=length, job=job)
     found = [window.tokens for window in windows(corpus, model, max(2, length * _WINDOW // _SAMPLED))]
-    return found, corpus.record(sum(map(len, found)))
+    record = corpus.record(sum(map(len, found)))
+    parts.keep(name, {"windows": torch.tensor(found, dtype=torch.int32)}, record.model_dump(mode="json"))
+    return found, record
 
 
 def _windows_of(

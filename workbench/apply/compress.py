@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
 import torch
 
 from workbench.apply import precision as precision  # registers itself
 from workbench.apply.draft import Draft, n_weights
 from workbench.apply.folding import Folded
+from workbench.apply.parts import Parts, Place
 from workbench.apply.recipe import Recipe
 from workbench.apply.registry import handler
 from workbench.errors import RecipeError
@@ -26,6 +28,7 @@ def compress(
     job: Job | None = None,
     allow_other_weights: bool = False,
     start: CompressedModel | None = None,
+    keep: Callable[[Recipe], Place] | None = None,
 ) -> CompressedModel:
     """Make the compressed model that a recipe describes. The same model and recipe give the same bytes.
 
@@ -35,6 +38,8 @@ def compress(
         job: progress in weights encoded; cancels between two matrices.
         allow_other_weights: use a recipe that was written for other weights of this architecture.
         start: what the recipe without its last method gave, to go on from.
+        keep: where the fit of the last method of a recipe keeps its finished parts, asked for every method in turn
+            with the recipe up to it; a fit that finds parts there goes on after them. None keeps nothing.
 
     Raises:
         RecipeError: the recipe is for another model, or names units that this one does not have.
@@ -45,16 +50,18 @@ def compress(
     job = job or Job()
     started = time.perf_counter()
     draft, before = Draft(model), 0.0
-    methods = recipe.methods
+    first = 0
     if start is not None:
         if start.recipe != recipe.without_last().model_dump(mode="json"):
             raise RecipeError("The model to start from was not made by this recipe without its last method.")
         folded = Folded.of(model, start.input_scales)
         draft = Draft(model, dict(start.linears), start.embedding, start.output, start.selectors, folded)
-        before, methods = start.fit_seconds or 0.0, methods[-1:]
-    for config in methods:
+        before, first = start.fit_seconds or 0.0, len(recipe.methods) - 1
+    for index, config in enumerate(recipe.methods[first:], start=first):
         method = handler(config)
+        draft.parts = Parts(None if keep is None else keep(recipe.up_to(index)))
         fitted = method.fit(draft, config, seed=recipe.seed, job=job)
+        before += draft.parts.earlier_s
         job.stage(f"compress ({config.method})", n_weights(model.architecture))
         method.apply(draft, config, fitted, job=job)
     if draft.embedding is None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 
 from workbench.apply.folding import Folded
+from workbench.apply.parts import Parts
 from workbench.errors import RecipeError, suggest
 from workbench.formats.encodings import DENSE_BITS, Dense, Encoding, Groups
 from workbench.formats.selectors import Selectors
@@ -26,6 +27,7 @@ class Draft:
         output: of the output layer, None where tied.
         selectors: how widths are chosen per token, None where they are not.
         folded: input scales, folded away: the dense weights that are encoded are those after folding.
+        parts: what the present method's fit has finished, and where it hands over what it finishes.
     """
 
     model: LoadedModel
@@ -34,6 +36,7 @@ class Draft:
     output: Encoding | None = None
     selectors: Selectors | None = None
     folded: Folded = field(default_factory=Folded)
+    parts: Parts = field(default_factory=Parts)
 
     def weight(self, path: str) -> torch.Tensor:
         """Weights of the module at ``path``, float32 on the CPU, so that any device gives the same codes."""

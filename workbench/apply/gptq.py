@@ -30,7 +30,7 @@ from workbench.apply.workers import side_by_side
 from workbench.corpus import TextRecord
 from workbench.errors import RecipeError
 from workbench.formats.codes import GroupCodes, dequantize
-from workbench.formats.encodings import Groups
+from workbench.formats.encodings import Encoding, Groups
 from workbench.models.base import Linear, LoadedModel, Unit
 from workbench.progress import Job
 
@@ -87,11 +87,13 @@ class Gptq:
             Cancelled: by ``job``, between windows or linears.
         """
         model = draft.model
-        stored = {name: encoding.codes for name, encoding in draft.linears.items() if isinstance(encoding, Groups)}
+        stored = group_codes(draft.linears)
         if not stored:
             raise RecipeError("Method 'gptq': no group codes are stored yet; put 'rtn' or 'awq' before it.")
         check_finite(model, "choose 'rtn' alone, which needs no text")
-        tokens, text = calibration_windows(model, config.calibration_tokens, seed, job, text=config.calibration)
+        tokens, text = calibration_windows(
+            model, config.calibration_tokens, seed, job, text=config.calibration, parts=draft.parts
+        )
         units = model.architecture.units
         job.stage("compensate errors", len(units))
         found: dict[str, GroupCodes] = {}
@@ -104,9 +106,15 @@ class Gptq:
                 weights = {linear: draft.folded_weight(linear) for unit in here for linear in unit.linears}
                 with _Changed(model, weights, draft.folded.vectors) as changed:
                     for unit in here:
-                        target = _target(draft, config, unit, coded, was.get(unit.linears[0].path), job)
-                        wanted = {linear: weights[linear] for linear in unit.linears if linear.id in stored}
-                        found |= _codes(wanted, stored, target, config, job)
+                        kept = draft.parts.encodings(unit.id)
+                        if kept is None:
+                            target = _target(draft, config, unit, coded, was.get(unit.linears[0].path), job)
+                            wanted = {linear: weights[linear] for linear in unit.linears if linear.id in stored}
+                            made = _codes(wanted, stored, target, config, job)
+                            draft.parts.keep_encodings(unit.id, {i: Groups.of_codes(c) for i, c in made.items()})
+                        else:
+                            made = group_codes(kept)
+                        found |= made
                         for linear in unit.linears:
                             weight = dequantize(found[linear.id]) if linear.id in found else None
                             changed.settle(linear, weight)
@@ -118,6 +126,11 @@ class Gptq:
         for name, codes in fitted.codes.items():
             draft.linears[name] = Groups.of_codes(codes)
             job.advance(codes.codes.numel())
+
+
+def group_codes(linears: Mapping[str, Encoding]) -> dict[str, GroupCodes]:
+    """Return the codes of those encodings that are group codes, by linear id."""
+    return {name: encoding.codes for name, encoding in linears.items() if isinstance(encoding, Groups)}
 
 
 def _codes(

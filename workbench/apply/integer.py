@@ -114,7 +114,7 @@ class IntegerMethod:
         if config.activations not in CALIBRATED:
             return FittedInputs({unit.id: _own_ranges(unit, config, seed) for unit in units}, None)
         check_finite(draft.model)
-        windows, text = calibration_windows(draft.model, config.calibration_tokens, seed, job)
+        windows, text = calibration_windows(draft.model, config.calibration_tokens, seed, job, parts=draft.parts)
         if config.activations == "requantize":
             return FittedInputs(_requantized(draft, config, windows, seed, job), text)
         ranges = input_ranges(draft.model, windows, (0, 1), seed, job)

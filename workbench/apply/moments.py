@@ -29,7 +29,9 @@ class Inputs(NamedTuple):
     magnitude: torch.Tensor
 
 
-def input_moments(model: LoadedModel, windows: Sequence[Sequence[int]], job: Job) -> Iterator[list[Inputs]]:
+def input_moments(
+    model: LoadedModel, windows: Sequence[Sequence[int]], job: Job, units: Sequence[Unit] | None = None
+) -> Iterator[list[Inputs]]:
     """Yield units with statistics of their inputs, in order.
 
     The linears of a unit share their input, so one moment serves them all. The dense model runs over the text once
@@ -39,11 +41,12 @@ def input_moments(model: LoadedModel, windows: Sequence[Sequence[int]], job: Job
         model: the dense model, left as it is.
         windows: token windows, each no longer than the context.
         job: a stage for every run, advanced by window.
+        units: those that are asked for; None for all.
 
     Raises:
         RecipeError: an activation is not finite.
     """
-    pending = list(model.architecture.units)
+    pending = list(model.architecture.units if units is None else units)
     while pending:
         count, held = 0, 0
         for unit in pending:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Annotated, Literal
 
@@ -17,6 +18,7 @@ from workbench.apply.nested_tune import tune_scales
 from workbench.apply.registry import register
 from workbench.apply.workers import side_by_side
 from workbench.corpus import TextRecord
+from workbench.formats.encodings import Encoding
 from workbench.formats.nested import Nested, NestedCodes
 from workbench.models.base import LoadedModel, Unit, UnitKind
 from workbench.progress import Job
@@ -78,10 +80,10 @@ class NestedMethod:
         if config.fit == "rounded":
             return FittedNested(_rounded(model, config, job), None)
         check_finite(model, "give fit='rounded', which needs no text")
-        tokens, text = calibration_windows(model, config.calibration_tokens, seed, job)
-        codes = _compensated(model, config, tokens, job)
+        tokens, text = calibration_windows(model, config.calibration_tokens, seed, job, parts=draft.parts)
+        codes = _compensated(draft, config, tokens, job)
         if config.tune_steps:
-            codes = tune_scales(model, codes, tokens, config.tune_steps, job)
+            codes = tune_scales(model, codes, tokens, config.tune_steps, job, draft.parts)
         return FittedNested(codes, text)
 
     def apply(self, draft: Draft, config: NestedConfig, fitted: FittedNested, *, job: Job) -> None:
@@ -98,26 +100,39 @@ def _rounded(model: LoadedModel, config: NestedConfig, job: Job) -> dict[str, Ne
     return codes
 
 
-def _compensated(
-    model: LoadedModel, config: NestedConfig, tokens: list[tuple[int, ...]], job: Job
-) -> dict[str, NestedCodes]:
-    """Fit every unit; its linears share their inputs, so their rows are fitted as one matrix."""
-    draft = Draft(model)
+def nested_codes(linears: Mapping[str, Encoding]) -> dict[str, NestedCodes]:
+    """Return the codes of those encodings that are nested, by linear id."""
+    return {name: encoding.codes for name, encoding in linears.items() if isinstance(encoding, Nested)}
 
-    def fit(unit: Unit, moment: torch.Tensor) -> NestedCodes:
+
+def _compensated(draft: Draft, config: NestedConfig, tokens: list[tuple[int, ...]], job: Job) -> dict[str, NestedCodes]:
+    """Fit every unit; its linears share their inputs, so their rows are fitted as one matrix."""
+    units = draft.model.architecture.units
+
+    def fit(unit: Unit, moment: torch.Tensor) -> dict[str, NestedCodes]:
         job.check()
         weight = torch.cat([draft.weight(linear.path) for linear in unit.linears])
-        return fit_matrix(weight, moment, config.widths, config.group_size, _DAMPING[unit.kind])
+        found = _split(unit, fit_matrix(weight, moment, config.widths, config.group_size, _DAMPING[unit.kind]))
+        draft.parts.keep_encodings(unit.id, {name: Nested.of(one) for name, one in found.items()})
+        return found
 
     codes: dict[str, NestedCodes] = {}
-    total, done = sum(unit.n_weights for unit in model.architecture.units), 0
-    for moments in input_moments(model, tokens, job):
+    missing = []
+    for unit in units:
+        kept = draft.parts.encodings(unit.id)
+        if kept is None:
+            missing.append(unit)
+        else:
+            codes |= nested_codes(kept)
+    total = sum(unit.n_weights for unit in units)
+    done = total - sum(unit.n_weights for unit in missing)
+    for moments in input_moments(draft.model, tokens, job, missing):
         job.stage("fit nested codes", total, done)
         with side_by_side() as pool:
             running = [(unit, pool.submit(fit, unit, moment)) for unit, moment, _ in moments]
             moments.clear()
             for unit, future in running:
-                codes |= _split(unit, future.result())
+                codes |= future.result()
                 done += unit.n_weights
                 job.advance(unit.n_weights)
     return codes

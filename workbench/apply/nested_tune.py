@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
 
 from workbench.analysis.divergence import dense_states
+from workbench.apply.parts import Parts
 from workbench.apply.scale_tune import NotFinite, Scales, by_group, tune, tuning_rate
 from workbench.errors import RecipeError
 from workbench.formats.nested import NestedCodes, zero_points
@@ -18,7 +20,12 @@ WIDEST = 4  # bits that are tuned: above, a handful of windows is as much noise 
 
 
 def tune_scales(
-    model: LoadedModel, codes: Mapping[str, NestedCodes], windows: Sequence[Sequence[int]], steps: int, job: Job
+    model: LoadedModel,
+    codes: Mapping[str, NestedCodes],
+    windows: Sequence[Sequence[int]],
+    steps: int,
+    job: Job,
+    parts: Parts,
 ) -> dict[str, NestedCodes]:
     """Return the same codes with scales under which the model at widths up to ``WIDEST`` comes closer to the dense one.
 
@@ -32,6 +39,7 @@ def tune_scales(
         windows: token windows of calibration text.
         steps: per width, at least 1.
         job: a stage per width, advanced by step.
+        parts: of the fit; the scales of each width are one.
 
     Raises:
         RecipeError: an output of the model is not finite.
@@ -40,18 +48,22 @@ def tune_scales(
     scales = {name: dict(nested.scales) for name, nested in codes.items()}
     with torch.inference_mode(False):
         ids = [torch.tensor([list(window)], device=model.device) for window in windows[:steps]]
-        dense = dense_states(model, windows[:steps])
-        for bits in [bits for bits in widths if bits <= WIDEST]:
+        dense = functools.cache(lambda: dense_states(model, windows[:steps]))
+
+        def tuned(bits: int) -> dict[str, torch.Tensor]:
+            moving = {name: _scales(nested, bits, model) for name, nested in codes.items()}
             job.stage(f"tune scales at {bits} bits", steps)
-            tuned = {name: _scales(nested, bits, model) for name, nested in codes.items()}
             try:
-                tune(model, tuned, ids, dense, steps=steps, rate=tuning_rate(bits), job=job)
+                tune(model, moving, ids, dense(), steps=steps, rate=tuning_rate(bits), job=job)
             except NotFinite:
                 raise RecipeError(
                     f"The outputs of {model.name} at {bits} bits are not finite: set tune_steps to 0."
                 ) from None
-            for name, one in tuned.items():
-                scales[name][bits] = one.stored()
+            return {name: one.stored() for name, one in moving.items()}
+
+        for bits in [bits for bits in widths if bits <= WIDEST]:
+            for name, found in parts.once(f"scales at {bits} bits", functools.partial(tuned, bits)).items():
+                scales[name][bits] = found
     return {name: replace(nested, scales=scales[name]) for name, nested in codes.items()}
 
 

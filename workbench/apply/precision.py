@@ -11,11 +11,13 @@ Three phases, as in DP-LLM (Kwon et al. 2025, arXiv 2508.06041), and a measureme
 
 from __future__ import annotations
 
+import functools
 import itertools
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 
 from workbench.analysis.damage import UnitScores, unit_scores
 from workbench.analysis.divergence import dense_states
@@ -26,6 +28,8 @@ from workbench.apply.calibration import calibration_windows, check_finite
 from workbench.apply.draft import Draft
 from workbench.apply.estimators import UnitErrors, quantiles, refine, regress, spread_of_texts, unit_errors
 from workbench.apply.learn_precision import learn_precision
+from workbench.apply.nested import nested_codes
+from workbench.apply.parts import Parts
 from workbench.apply.precision_config import PrecisionConfig
 from workbench.apply.registry import register
 from workbench.corpus import TextRecord
@@ -68,11 +72,11 @@ class PrecisionMethod:
         """
         model = draft.model
         check_finite(model)
-        codes = _nested_codes(draft)
-        tokens, text = calibration_windows(model, config.calibration_tokens, seed, job, "tuning")
-        highest = _highest(model, codes, config.memory_bits, tokens, job)
+        codes, parts = _all_nested(draft), draft.parts
+        tokens, text = calibration_windows(model, config.calibration_tokens, seed, job, "tuning", parts=parts)
+        highest = _highest(model, codes, config.memory_bits, tokens, job, parts)
         _check_targets(model, highest, config)
-        selectors = _selectors(model, codes, config, highest, tokens, seed, job)
+        selectors = _selectors(model, codes, config, highest, tokens, seed, job, parts)
         return FittedPrecision(selectors, highest, text)
 
     def apply(self, draft: Draft, config: PrecisionConfig, fitted: FittedPrecision, *, job: Job) -> None:
@@ -84,8 +88,8 @@ class PrecisionMethod:
         draft.selectors = fitted.selectors
 
 
-def _nested_codes(draft: Draft) -> dict[str, NestedCodes]:
-    found = {name: encoding.codes for name, encoding in draft.linears.items() if isinstance(encoding, Nested)}
+def _all_nested(draft: Draft) -> dict[str, NestedCodes]:
+    found = nested_codes(draft.linears)
     if len(found) < len(draft.model.architecture.linears) or len(next(iter(found.values())).widths) < 2:
         raise RecipeError("dynamic-precision chooses among widths: put 'nested' with two widths or more before it.")
     return found
@@ -97,17 +101,25 @@ def _highest(
     memory_bits: float | None,
     tokens: list[tuple[int, ...]],
     job: Job,
+    parts: Parts,
 ) -> dict[str, int]:
     """Widest width by unit id: least Fisher score whose widths average at most ``memory_bits``."""
     widths = next(iter(codes.values())).widths
+    units = model.architecture.units
     if memory_bits is None or memory_bits >= widths[-1]:
-        return {unit.id: widths[-1] for unit in model.architecture.units}
+        return {unit.id: widths[-1] for unit in units}
     short = [
         window[begin : begin + _FISHER_WINDOW] for window in tokens for begin in range(0, len(window), _FISHER_WINDOW)
     ]
     short = [window for window in short if len(window) > 1]
-    table = unit_scores(run(UnitScores(model, short, widths=widths, codes=codes), job))
-    return allocate(table.rename(columns={"fisher": "damage"}), memory_bits)
+
+    def scored() -> dict[str, torch.Tensor]:
+        table = unit_scores(run(UnitScores(model, short, widths=widths, codes=codes), job))
+        found = allocate(table.rename(columns={"fisher": "damage"}), memory_bits)
+        return {"bits": torch.tensor([found[unit.id] for unit in units])}
+
+    bits = parts.once("widest widths", scored)["bits"].tolist()
+    return dict(zip((unit.id for unit in units), bits, strict=True))
 
 
 def _check_targets(model: LoadedModel, highest: dict[str, int], config: PrecisionConfig) -> None:
@@ -130,17 +142,26 @@ def _selectors(
     tokens: list[tuple[int, ...]],
     seed: int,
     job: Job,
+    parts: Parts,
 ) -> Selectors:
+    """Gains of each pair of widths and precisions of each target are parts; what follows is one pass over the text."""
     widths = next(iter(codes.values())).widths
     pairs = list(itertools.pairwise(widths))
-    dense = dense_states(model, tokens)
-    gains = np.stack(
-        [token_gains(model, codes, low, high, tokens, dense, job).mean(axis=0) for low, high in pairs], axis=1
-    )
+    dense = functools.cache(lambda: dense_states(model, tokens))
+
+    def gained(low: int, high: int) -> dict[str, torch.Tensor]:
+        by_token = token_gains(model, codes, low, high, tokens, dense(), job)
+        return {"gains": torch.from_numpy(by_token.mean(axis=0))}
+
+    def learnt(target: float) -> dict[str, torch.Tensor]:
+        found = learn_precision(model, codes, highest, tokens, dense(), target, config.learning_steps, job)
+        return {"bits": torch.tensor([found[unit.id] for unit in model.architecture.units], dtype=torch.float32)}
+
+    of_pairs = [parts.once(f"gains {low} {high}", functools.partial(gained, low, high)) for low, high in pairs]
+    gains = np.stack([found["gains"].numpy() for found in of_pairs], axis=1)
     precision = np.zeros((len(config.targets), len(highest)), dtype=np.float32)
     for row, target in enumerate(config.targets):
-        learnt = learn_precision(model, codes, highest, tokens, dense, target, config.learning_steps, job)
-        precision[row] = [learnt[unit.id] for unit in model.architecture.units]
+        precision[row] = parts.once(f"precision {target!r}", functools.partial(learnt, target))["bits"].numpy()
     found = unit_errors(model, codes, tokens, config.projection_rows, seed, job)
     regression = np.stack(
         [np.stack([regress(one.norms, one.errors[:, step]) for step in range(len(pairs))]) for one in found]

@@ -209,9 +209,13 @@ class Recipe(Strict):
         named = [m.label for m in self.methods if m.stage != "precision"]
         return "+".join(named if named[0] != "rtn" else named[1:])  # plain rounding is what the others correct
 
+    def up_to(self, index: int) -> Self:
+        """Return the recipe of the methods up to the one at an index, that one included."""
+        return self.model_copy(update={"methods": self.methods[: index + 1]})
+
     def without_last(self) -> Self:
         """Return the recipe of everything but the last method."""
-        return self.model_copy(update={"methods": self.methods[:-1]})
+        return self.up_to(len(self.methods) - 2)
 
     def canonical(self) -> str:
         """The JSON form that identity is taken of: sorted keys, no spaces."""

@@ -86,7 +86,9 @@ class SalientMethod:
         text = None
         if config.by == "activation":
             check_finite(model, "choose by 'weight'")
-            tokens, text = calibration_windows(model, config.calibration_tokens, seed, job, text=config.calibration)
+            tokens, text = calibration_windows(
+                model, config.calibration_tokens, seed, job, text=config.calibration, parts=draft.parts
+            )
             scores = input_magnitudes(model, tokens, job)
         generator = torch.Generator().manual_seed(seed)
         for unit in model.architecture.units:

@@ -245,7 +245,7 @@ class Tender:
             Cancelled: by ``job``.
         """
         check_finite(draft.model)
-        windows, text = calibration_windows(draft.model, config.calibration_tokens, seed, job)
+        windows, text = calibration_windows(draft.model, config.calibration_tokens, seed, job, parts=draft.parts)
         return FittedInputs(fit_tender(draft, config, windows, seed, job), text)
 
     def apply(self, draft: Draft, config: TenderConfig, fitted: FittedInputs, *, job: Job) -> None:

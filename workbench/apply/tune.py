@@ -72,7 +72,9 @@ class Tune:
                 raise RecipeError(f"Method 'tune': {linear.id} has no group codes; give it 2 to 8 bits.")
             stored[linear.id] = encoding.codes
         check_finite(model)
-        tokens, text = calibration_windows(model, config.calibration_tokens, seed, job, text=config.calibration)
+        tokens, text = calibration_windows(
+            model, config.calibration_tokens, seed, job, text=config.calibration, parts=draft.parts
+        )
         bits = Counter(codes.bits for codes in stored.values()).most_common(1)[0][0]
         with torch.inference_mode(False):
             windows = [torch.tensor([list(window)], device=model.device) for window in tokens[: config.steps]]

@@ -118,7 +118,7 @@ def verify() -> None:
 
 
 def gc(
-    max_mb: Annotated[float | None, typer.Option(help="Bound files and compressed models together, in MB.")] = None,
+    max_mb: Annotated[float | None, typer.Option(help="Bound all that is kept, in MB.")] = None,
     older_than_days: Annotated[float | None, typer.Option(help="Remove what was not used for so long.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be removed.")] = False,
     as_json: Json = False,

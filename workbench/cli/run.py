@@ -73,14 +73,16 @@ def compress(
     from workbench.formats.folder import check_output_folder
 
     folder = check_output_folder(out, overwrite=overwrite)
-    from workbench.apply.compress import compress as carry_out
     from workbench.models import load
+    from workbench.operate.fits import compress_into
+    from workbench.store import Store
 
-    with console.running(quiet or as_json) as job:
+    with Store() as store, console.running(quiet or as_json) as job:
         dense = load(model, job=job)
         chosen.check_model(dense, allow_other_weights=allow_other_weights)
-        compressed = carry_out(dense, chosen, job=job, allow_other_weights=allow_other_weights)
-        compressed.save(folder, overwrite=overwrite)
+        compressed = compress_into(
+            store, dense, chosen, folder, overwrite=overwrite, allow_other_weights=allow_other_weights, job=job
+        )
     facts = {
         "out": str(folder),
         "sha256": compressed.sha256,

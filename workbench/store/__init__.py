@@ -101,7 +101,7 @@ class Store:
         return self._artifacts.rows(kind)
 
     def checkpoint(self, key: str) -> Checkpoint:
-        """Return the place for finished parts of the analysis of that key."""
+        """Return the place for finished parts of the analysis or fit of that key."""
         return Checkpoint(self.home, key)
 
     def model_folder(self, name: str) -> Path:
@@ -181,7 +181,7 @@ class Store:
         with self._database.reading() as connection:
             n_runs = connection.execute(select(func.count()).select_from(database.runs)).scalar_one()
         rows = self._artifacts.rows()
-        checkpoints = list((self.home / "checkpoints").glob("*"))
+        checkpoints = cleaning.kept_checkpoints(self.home)
         models = cleaning.kept_models(self.home, self._database)
         quarantined = list((self.home / "quarantine").glob("*"))
         warnings = self._database.warnings()
@@ -201,7 +201,7 @@ class Store:
             "compressed_models": len(models),
             "compressed_bytes": sum(model.bytes for model in models),
             "checkpoints": len(checkpoints),
-            "checkpoint_bytes": sum(files.size_of(path) for path in checkpoints),
+            "checkpoint_bytes": sum(checkpoint.bytes for checkpoint in checkpoints),
             "quarantined": len(quarantined),
             "bytes": files.size_of(self.home),
             "warnings": warnings,
@@ -233,9 +233,9 @@ class Store:
         when the bound cannot be met otherwise, and the run keeps its numbers.
 
         Args:
-            max_bytes: remove least recently used artifacts and compressed models until the rest of both is at most
-                this large.
-            older_than_days: remove artifacts and compressed models that were last used longer ago.
+            max_bytes: remove least recently used artifacts, compressed models and parts of unfinished work until the
+                rest of them is at most this large.
+            older_than_days: remove those that were last used longer ago.
             dry_run: remove nothing, only say what would be.
         """
         return cleaning.clean(

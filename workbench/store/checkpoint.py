@@ -1,7 +1,7 @@
-"""Finished parts of an analysis that has not ended yet, so that an interrupted one resumes.
+"""Finished parts of an analysis or a fit that has not ended yet, so that an interrupted one resumes.
 
-A part is one Parquet file whose name holds the SHA-256 of its bytes: one rename makes it both present and verifiable,
-and two processes that compute the same part write the same name.
+A part is one file (a table as Parquet, or bytes in a format of the caller's) whose name holds the SHA-256 of its bytes:
+one rename makes it both present and verifiable, and two processes that compute the same part write the same name.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ class PartMissing(StoreError):
 
 
 class Checkpoint:
-    """Parts of one analysis. Made by ``Store.checkpoint``; nothing is on disk before the first ``write``.
+    """Parts of one analysis or fit. Made by ``Store.checkpoint``; nothing is on disk before the first ``write``.
 
     Args:
         home: the store's folder.
-        key: the analysis' cache key.
+        key: what the result depends on, all of it.
     """
 
     def __init__(self, home: Path, key: str) -> None:
@@ -43,7 +43,7 @@ class Checkpoint:
 
     def has(self, part: str) -> bool:
         """Whether the part is there and undamaged. A damaged part is set aside."""
-        return self._bytes(part) is not None
+        return self.read_bytes(part) is not None
 
     def read(self, part: str) -> pd.DataFrame:
         """Return the part's table as it was written, with a fresh index.
@@ -53,24 +53,32 @@ class Checkpoint:
         """
         import pyarrow.parquet as pq
 
-        content = self._bytes(part)
+        content = self.read_bytes(part)
         if content is None:
             raise PartMissing(f"Part '{part}' of {self._key[:12]} is not in the store: compute it again.")
         return pq.read_table(io.BytesIO(content)).to_pandas()
 
     def write(self, part: str, table: pd.DataFrame) -> None:
-        """Keep a finished part.
-
-        Raises:
-            StoreError: the disk refuses. Nothing is left behind.
-        """
+        """Keep a table as a finished part; see ``write_bytes``."""
         import pyarrow as pa
         import pyarrow.parquet as pq
 
         buffer = io.BytesIO()
         pq.write_table(pa.Table.from_pandas(table, preserve_index=False), buffer, compression="zstd")
-        content = buffer.getvalue()
-        target = self._folder / f"{_prefix(part)}{hashlib.sha256(content).hexdigest()}.parquet"
+        self.write_bytes(part, buffer.getvalue(), ".parquet")
+
+    def write_bytes(self, part: str, content: bytes, ending: str = ".safetensors") -> None:
+        """Keep a finished part.
+
+        Args:
+            part: its name, any text.
+            content: what ``read_bytes`` will return.
+            ending: of the file's name, for people.
+
+        Raises:
+            StoreError: the disk refuses. Nothing is left behind.
+        """
+        target = self._folder / f"{_prefix(part)}{hashlib.sha256(content).hexdigest()}{ending}"
         with files.scratch(self._home) as temporary, files.disk_errors(f"Writing part '{part}' to {self._home}"):
             with temporary.open("wb") as file:
                 file.write(content)
@@ -96,12 +104,13 @@ class Checkpoint:
         """Return one line for each damaged part."""
         return [
             f"Part {path.name} of checkpoint {self._key} does not match its checksum."
-            for path in sorted(self._folder.glob("*.parquet"))
+            for path in sorted(self._folder.glob("*"))
             if _digest(path) != files.sha256_of(path)
         ]
 
-    def _bytes(self, part: str) -> bytes | None:
-        for path in sorted(self._folder.glob(f"{_prefix(part)}*.parquet")):
+    def read_bytes(self, part: str) -> bytes | None:
+        """Return a part's bytes as they were written, or None where it is not there. A damaged one is set aside."""
+        for path in sorted(self._folder.glob(f"{_prefix(part)}*")):
             try:
                 with files.disk_errors(f"Reading part '{part}'"):
                     content = path.read_bytes()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -33,13 +33,15 @@ class Removal:
 
 
 @dataclass(frozen=True)
-class KeptModel:
-    """A compressed model in the store's home, last used when it was made; ``runs`` measured it."""
+class KeptFolder:
+    """A folder in the store's home, last used when it last grew: a compressed model, which ``runs`` measured, or a
+    checkpoint, which none did; ``what`` as in ``Removal``."""
 
+    what: str
     path: Path
     bytes: int
     last_used_at: datetime
-    runs: tuple[int, ...]
+    runs: tuple[int, ...] = ()
 
 
 def clean(
@@ -59,10 +61,13 @@ def clean(
     removed += _unnamed(home, artifacts, dry_run)
     rows = artifacts.rows()
     holders = Counter(row.sha256 for row in rows)
-    for found in _dispensable(database, rows, kept_models(home, database), max_bytes, older_than_days):
-        if isinstance(found, KeptModel):
-            if dry_run or _drop_model(home, database, found):
-                removed.append(Removal("compressed", found.path.name, found.bytes, found.runs))
+    gone = {removal.name for removal in removed if removal.what == "checkpoint"}  # in a dry run it is still there
+    checkpoints = [folder for folder in kept_checkpoints(home) if folder.path.name not in gone]
+    folders = [*kept_models(home, database), *checkpoints]
+    for found in _dispensable(database, rows, folders, max_bytes, older_than_days):
+        if isinstance(found, KeptFolder):
+            if dry_run or _drop_folder(home, database, found):
+                removed.append(Removal(found.what, found.path.name, found.bytes, found.runs))
             continue
         holders[found.sha256] -= 1
         freed = 0 if holders[found.sha256] else found.bytes
@@ -71,24 +76,34 @@ def clean(
     return removed
 
 
-def kept_models(home: Path, database: Database) -> list[KeptModel]:
+def kept_checkpoints(home: Path) -> list[KeptFolder]:
+    """Return the parts of unfinished work, least recently grown first."""
+    return _folders("checkpoint", home / "checkpoints")
+
+
+def kept_models(home: Path, database: Database) -> list[KeptFolder]:
     """Return the compressed models in the store's home, least recently made first."""
     with database.reading() as connection:
         measured = runs.by_kept_model(connection)
+    found = _folders("compressed", home / files.COMPRESSED)
+    return [replace(model, runs=measured.get(model.path.name, ())) for model in found]
+
+
+def _folders(what: str, place: Path) -> list[KeptFolder]:
     found = []
-    for path in (home / files.COMPRESSED).glob("[!.]*"):
-        made = datetime.fromtimestamp(files.newest_change(path), UTC)
-        found.append(KeptModel(path, files.size_of(path), made, measured.get(path.name, ())))
-    return sorted(found, key=lambda model: (model.last_used_at, model.path.name))
+    for path in place.glob("[!.]*"):
+        changed = datetime.fromtimestamp(files.newest_change(path), UTC)
+        found.append(KeptFolder(what, path, files.size_of(path), changed))
+    return sorted(found, key=lambda folder: (folder.last_used_at, folder.path.name))
 
 
 def _dispensable(
     database: Database,
     rows: list[Artifact],
-    models: list[KeptModel],
+    folders: list[KeptFolder],
     max_bytes: int | None,
     older_than_days: float | None,
-) -> Iterator[Artifact | KeptModel]:
+) -> Iterator[Artifact | KeptFolder]:
     """Yield what to remove, least recently used first: what is too old, then what is above the bound.
 
     Compressed models that a run measured come last, and for the bound alone.
@@ -96,18 +111,18 @@ def _dispensable(
     with database.reading() as connection:
         used = runs.referenced(connection)
     holders = Counter(row.sha256 for row in rows)
-    total = sum({row.sha256: row.bytes for row in rows}.values()) + sum(model.bytes for model in models)
+    total = sum({row.sha256: row.bytes for row in rows}.values()) + sum(folder.bytes for folder in folders)
     oldest = None if older_than_days is None else now() - timedelta(days=older_than_days)
-    free: list[Artifact | KeptModel] = [row for row in rows if (row.kind, row.key) not in used]
-    free += [model for model in models if not model.runs]
+    free: list[Artifact | KeptFolder] = [row for row in rows if (row.kind, row.key) not in used]
+    free += [folder for folder in folders if not folder.runs]
     free.sort(key=lambda entry: entry.last_used_at)
-    for entry in [*free, *(model for model in models if model.runs)]:
-        measured = isinstance(entry, KeptModel) and bool(entry.runs)
+    for entry in [*free, *(folder for folder in folders if folder.runs)]:
+        measured = isinstance(entry, KeptFolder) and bool(entry.runs)
         too_old = oldest is not None and entry.last_used_at < oldest and not measured
         too_much = max_bytes is not None and total > max_bytes
         if not (too_old or too_much):
             continue
-        if isinstance(entry, KeptModel):
+        if isinstance(entry, KeptFolder):
             total -= entry.bytes
         else:
             holders[entry.sha256] -= 1
@@ -115,15 +130,16 @@ def _dispensable(
         yield entry
 
 
-def _drop_model(home: Path, database: Database, model: KeptModel) -> bool:
-    """Remove a compressed model as a whole; False where it was made again or measured since it was chosen."""
-    with database.changing() as connection, files.disk_errors(f"Removing {model.path}"):
-        changed = datetime.fromtimestamp(files.newest_change(model.path), UTC) != model.last_used_at
-        if changed or runs.by_kept_model(connection).get(model.path.name, ()) != model.runs:
+def _drop_folder(home: Path, database: Database, folder: KeptFolder) -> bool:
+    """Remove a folder as a whole; False where it grew, was made again or was measured since it was chosen."""
+    with database.changing() as connection, files.disk_errors(f"Removing {folder.path}"):
+        changed = datetime.fromtimestamp(files.newest_change(folder.path), UTC) != folder.last_used_at
+        measured = runs.by_kept_model(connection).get(folder.path.name, ()) if folder.what == "compressed" else ()
+        if changed or measured != folder.runs:
             return False
         with files.scratch(home) as temporary:  # out of sight first, so that nobody opens half a model
             try:
-                model.path.rename(temporary)
+                folder.path.rename(temporary)
             except FileNotFoundError:
                 return False
     return True
