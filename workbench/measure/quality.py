@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 
 from workbench.errors import EngineError, InputError
-from workbench.measure.divergence import TokenQuality, token_quality
+from workbench.measure.divergence import DenseTokens, TokenQuality
 from workbench.measure.statistics import Interval, Verdict, block_bootstrap, verdict
 from workbench.progress import Job
 
@@ -253,8 +253,9 @@ def _compare_window(
     for first, (log_p, *others) in _lockstep([dense, *candidates], window.tokens, name):
         job.check()
         targets = tokens[first + 1 : first + 1 + len(log_p)]
+        reference = DenseTokens(log_p[: len(targets)], targets)
         for side, log_q in enumerate(others):
-            piece = token_quality(log_p[: len(targets)], log_q[: len(targets)], targets)
+            piece = reference.compare(log_q[: len(targets)])
             _require_finite(piece, first, name)
             pieces[side].append(piece)
     return [_joined(found) for found in pieces]

@@ -14,6 +14,7 @@ from workbench.apply.precision_config import PrecisionConfig
 from workbench.apply.recipe import Recipe
 from workbench.apply.rtn import RtnConfig
 from workbench.corpus import TextRecord, Window
+from workbench.formats.codes import stored_bits
 from workbench.formats.compressed import CompressedModel
 from workbench.measure.bench import BenchContext, Rows, bench
 from workbench.measure.benches.precision_speed import measure_speed
@@ -34,7 +35,7 @@ TEXTS = ("prose", "pydoc")
 _GROUP_SIZE = 64
 _NESTED = ("nested", "nested-anyprecision")  # one copy, read at every width
 _WINDOWS, _QUICK_WINDOWS = (40, 512), (40, 128)  # how many, and their tokens
-_AT_ONCE = 4  # engines beside one dense pass: each holds a model
+_AT_ONCE = 6  # engines beside one dense pass: each holds a model
 _OUTPUT_BITS = 16  # the claim is about the blocks' linears
 
 
@@ -142,11 +143,15 @@ def _chosen(model: LoadedModel, context: BenchContext) -> CompressedModel:
 
 def _same_memory(model: LoadedModel, chosen: CompressedModel, context: BenchContext) -> _Candidate:
     """Round-to-nearest at the widest width that takes no more memory than the copy with all its widths."""
-    for bits in range(8, 2, -1):
-        config = RtnConfig(bits=bits, group_size=_GROUP_SIZE, output_bits=_OUTPUT_BITS)
-        made = context.compress(model, Recipe.for_model(model, config), context.job)
-        if made.effective_bits <= chosen.effective_bits:
-            break
+    linears = model.architecture.linears
+    weights = sum(linear.n_weights for linear in linears)
+
+    def effective(bits: int) -> float:
+        return sum(stored_bits(x.out_features, x.in_features, bits, _GROUP_SIZE, False) for x in linears) / weights
+
+    bits = next((b for b in range(8, 3, -1) if effective(b) <= chosen.effective_bits), 3)
+    config = RtnConfig(bits=bits, group_size=_GROUP_SIZE, output_bits=_OUTPUT_BITS)
+    made = context.compress(model, Recipe.for_model(model, config), context.job)
     return _Candidate("rtn", bits, made, note="as much memory as the nested copy")
 
 

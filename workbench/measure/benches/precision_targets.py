@@ -11,8 +11,9 @@ import pandas as pd
 import torch
 
 from workbench.analysis.damage import UnitScores, unit_scores
+from workbench.analysis.sampled_text import SampledText, sampled_corpus
 from workbench.apply.allocation import allocate, gain_damage, learnt_damage
-from workbench.corpus import TextRecord, Window, open_text, windows
+from workbench.corpus import TextRecord, Window, windows
 from workbench.errors import RecipeError
 from workbench.formats.compressed import CompressedModel
 from workbench.formats.nested import Nested
@@ -39,7 +40,7 @@ QUICK_TARGETS = (3.25, 4.0, 4.75)
 STATIC = ("static-llm-mq", "static-hawq", "static-learnt", "static-gain")
 _SCORED = 32  # windows of 128 tokens that the scores of the static rivals are taken from
 _POSITIONS = 0.5  # bits more in the first half of a window, and fewer in the second, of the schedule by position
-_AT_ONCE = 12  # candidates beside one dense pass: each holds logits of 128 positions
+_AT_ONCE = 24  # candidates beside one dense pass: each holds logits of 128 positions
 
 
 @dataclass
@@ -162,8 +163,8 @@ class Targets:
     def _table(self) -> pd.DataFrame:
         """First- and second-order scores on the same nested weights."""
         if self._scores is None:
-            corpus = open_text("self", "tuning", model=self._dense, n_tokens=_SCORED * 144, job=self._context.job)
-            short = [list(w.tokens) for w in windows(corpus, self._dense, 128)][:_SCORED]
+            text = self._context.analyze(SampledText(self._dense, "tuning", _SCORED * 144), self._context.job)
+            short = [list(w.tokens) for w in windows(sampled_corpus(text), self._dense, 128)][:_SCORED]
             codes = {name: e.codes for name, e in self.model.linears.items() if isinstance(e, Nested)}
             widths = [int(bits) for bits in self.selectors.widths]
             analysis = UnitScores(self._dense, short, widths=widths, codes=codes)
