@@ -19,8 +19,9 @@ from workbench.formats.compressed import CompressedModel
 from workbench.measure.bench import BenchContext, Rows, bench
 from workbench.measure.benches.precision_speed import measure_speed
 from workbench.measure.benches.precision_targets import STATIC, Candidate, Targets, against_static, evaluate
+from workbench.measure.kept_quality import compare_kept
 from workbench.measure.measurement import evaluation_windows
-from workbench.measure.quality import QualityResult, compare_many
+from workbench.measure.quality import QualityResult
 from workbench.measure.result import Sizes, dense_quality_columns, quality_columns
 from workbench.measure.rows import row
 from workbench.models import load
@@ -168,7 +169,8 @@ def _width_rows(
     for begin in range(0, len(candidates), _AT_ONCE):
         engines = [candidate.engine(context.threads) for candidate in candidates[begin : begin + _AT_ONCE]]
         try:
-            found += compare_many(dense, engines, windows, text=record, job=context.job)
+            about = [candidate.bits for candidate in candidates[begin : begin + _AT_ONCE]]
+            found += compare_kept(context.shelf, dense, engines, windows, about=about, text=record, job=context.job)
             modes += [engine.activation_mode for engine in engines]
         finally:
             for engine in engines:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,8 @@ from workbench.formats.nested import Nested
 from workbench.formats.selectors import Selectors, share_above
 from workbench.measure.bench import BenchContext
 from workbench.measure.benches.precision_oracle import ExactChoices
-from workbench.measure.quality import QualityResult, compare_candidates, compare_many
+from workbench.measure.kept_quality import compare_kept
+from workbench.measure.quality import QualityResult, compare_candidates
 from workbench.models.base import LoadedModel
 from workbench.runtime import open_engine
 from workbench.runtime.base import Engine, StepTrace
@@ -56,8 +58,8 @@ class Candidate:
         controller: replaces the policy by its own.
         replay: decisions for a window, given its tokens.
         model: what the engine runs.
-        read: bits per weight of block linears that each token read: codes, scales and zero points, and decisions.
-        bits: average code bits of each token.
+        read_bits: bits per weight of block linears that a token read: codes, scales and zero points, and decisions.
+        realised_bits: average code bits.
     """
 
     method: str
@@ -68,16 +70,13 @@ class Candidate:
     variant: str = ""
     controller: PrecisionController | None = None
     replay: Callable[[Sequence[int]], Sequence[dict[str, Any]]] | None = None
-    read: list[float] = field(default_factory=list)
-    bits: list[float] = field(default_factory=list)
+    read_bits: float = math.nan
+    realised_bits: float = math.nan
 
     @property
-    def realised_bits(self) -> float:
-        return float(np.mean(self.bits))
-
-    @property
-    def read_bits(self) -> float:
-        return float(np.mean(self.read))
+    def about(self) -> list[Any]:
+        """What its choices depend on beside its model and plan; a replay follows from the name and the target."""
+        return [self.method, self.variant, self.target, self.policy]
 
     @property
     def decision_bits(self) -> float:
@@ -103,6 +102,11 @@ class Chosen:
 
         self._widths = WidthReader(parts, self.plan)
         self._stored = WidthReader(parts, self.plan, stored)
+        self._read, self._bits = list[float](), list[float]()  # of each token
+
+    def facts(self) -> dict[str, float]:
+        """Averages over the tokens of the text, by attribute of ``Candidate``."""
+        return {"read_bits": float(np.mean(self._read)), "realised_bits": float(np.mean(self._bits))}
 
     def log_probabilities(
         self, tokens: Sequence[int], *, prompt_length: int = 1, chunk: int = 128
@@ -119,8 +123,8 @@ class Chosen:
             found = next(rows, None)
             if found is None:
                 return
-            one.read += (self._stored(trace) + one.decision_bits).tolist()
-            one.bits += self._widths(trace).tolist()
+            self._read += (self._stored(trace) + one.decision_bits).tolist()
+            self._bits += self._widths(trace).tolist()
             if one.controller is not None:
                 one.controller.observe(trace)
             yield found
@@ -293,11 +297,11 @@ def evaluate(
     found: list[QualityResult] = []
     for begin in range(0, len(candidates), _AT_ONCE):
         part = candidates[begin : begin + _AT_ONCE]
-        for candidate in part:
-            candidate.read.clear()
-            candidate.bits.clear()
         engines: list[Any] = [Chosen(candidate) for candidate in part]
-        found += compare_many(dense, engines, text, text=record, job=context.job)
+        about = [candidate.about for candidate in part]
+        found += compare_kept(context.shelf, dense, engines, text, about=about, text=record, job=context.job)
+    for candidate, quality in zip(candidates, found, strict=True):
+        candidate.read_bits, candidate.realised_bits = (quality.facts[n] for n in ("read_bits", "realised_bits"))
     return found
 
 
