@@ -201,6 +201,7 @@ def bench(
     text: Annotated[str | None, typer.Option(help="Evaluation text: prose, pydoc, hf:..., or a file.")] = None,
     threads: Threads = None,
     quick: Annotated[bool, typer.Option("--quick", help="Within some 5 minutes, once fits are stored.")] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Measure quality anew that an earlier run measured.")] = False,
     quiet: Quiet = False,
 ) -> None:
     """Run one bench: all rivals of a claim in one run."""
@@ -208,7 +209,7 @@ def bench(
 
     from workbench.measure.bench import benches, run_bench
     from workbench.operate.fits import fitted
-    from workbench.operate.jobs import analyze
+    from workbench.operate.jobs import ProfileShelf, analyze
     from workbench.store import Store
 
     if name == "list":
@@ -226,6 +227,7 @@ def bench(
             quick=quick,
             analyze=lambda analysis, inner: analyze(store, analysis, inner).profile,
             compress=lambda dense, recipe, inner: fitted(store, dense, recipe, inner),
+            shelf=ProfileShelf(store, fresh),
             job=job,
         )
         store.record_run(

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from workbench.analysis.profile import Analysis, Profile
     from workbench.apply.recipe import Recipe
     from workbench.formats.compressed import CompressedModel
+    from workbench.measure.kept_quality import Shelf
     from workbench.models.base import LoadedModel
 
 Rows = list[dict[str, Any]]
@@ -50,6 +51,7 @@ class BenchContext:
         quick: end within some five minutes on two cores once fits exist, with the same rows.
         analyze: how to get an analysis' profile: from a store by default of the command line, else computed.
         compress: how to get a compressed model that takes long to fit: likewise.
+        shelf: where quality that was measured is kept for a run that goes on after an interruption; None keeps none.
         job: progress and cancel.
     """
 
@@ -59,6 +61,7 @@ class BenchContext:
     quick: bool = False
     analyze: Callable[[Analysis, Job], Profile] = _compute
     compress: Callable[[LoadedModel, Recipe, Job], CompressedModel] = _compress
+    shelf: Shelf | None = None
     job: Job = field(default_factory=Job)
 
 
@@ -119,6 +122,7 @@ def run_bench(
     quick: bool = False,
     analyze: Callable[[Analysis, Job], Profile] | None = None,
     compress: Callable[[LoadedModel, Recipe, Job], CompressedModel] | None = None,
+    shelf: Shelf | None = None,
     job: Job | None = None,
 ) -> dict[str, Any]:
     """Run a bench and write ``{"environment": ..., "rows": [...]}``.
@@ -126,7 +130,7 @@ def run_bench(
     Args:
         name: of the bench.
         json_path: file to write, replaced as a whole; None to write none.
-        model, text, threads, quick, analyze, compress, job: see ``BenchContext``.
+        model, text, threads, quick, analyze, compress, shelf, job: see ``BenchContext``.
 
     Returns:
         What is written: JSON values, every row with all of ``ROW_KEYS`` (None where nothing is known).
@@ -144,7 +148,7 @@ def run_bench(
         from workbench.corpus import open_text
 
         text_name = open_text(text, "evaluation").name
-    context = BenchContext(model, text, threads, quick, analyze or _compute, compress or _compress, job or Job())
+    context = BenchContext(model, text, threads, quick, analyze or _compute, compress or _compress, shelf, job or Job())
     rows = complete_rows(chosen, chosen.run(context), text_name)
     result = plain(
         {

@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 
 from workbench.errors import EngineError, InputError
-from workbench.measure.divergence import TokenQuality, token_quality
+from workbench.measure.divergence import DenseTokens, TokenQuality
 from workbench.measure.statistics import Interval, Verdict, block_bootstrap, verdict
 from workbench.progress import Job
 
@@ -46,6 +46,8 @@ class QualityResult:
         dense, candidate: fingerprints of the two models.
         text: which text was used, where the caller said so.
         note: what to beware of, or an empty string.
+        facts: what else the candidate told of itself while it ran.
+        measured_at: when (UTC, ISO 8601), where it was measured in an earlier run; None for now.
     """
 
     windows: pd.DataFrame
@@ -60,6 +62,8 @@ class QualityResult:
     text: TextRecord | None
     seed: int
     note: str
+    facts: Mapping[str, float] = field(default_factory=dict)
+    measured_at: str | None = None
 
     @property
     def n_windows(self) -> int:
@@ -113,6 +117,7 @@ class QualityResult:
             "candidate_weights_sha256": self.candidate.weights,
             "seed": self.seed,
             "note": self.note,
+            "measured_at": self.measured_at,
         }
 
 
@@ -192,22 +197,31 @@ def compare_many(
             divergences[side].append(tokens.kl)
             rows[side].append(_window_row(index, window, tokens, decode))
         job.advance()
-    return [
-        _result(pd.DataFrame(rows[side]), np.concatenate(divergences[side]), dense, candidate, text, seed)
-        for side, candidate in enumerate(candidates)
-    ]
+    results = []
+    for side, candidate in enumerate(candidates):
+        divergence = np.concatenate(divergences[side])
+        median, p999 = float(np.median(divergence)), float(np.quantile(divergence, 0.999))
+        results.append(summed_up(pd.DataFrame(rows[side]), median, p999, dense, candidate, text, seed))
+    return results
 
 
-def _result(
-    table: pd.DataFrame, divergence: np.ndarray, dense: Engine, candidate: Engine, text: TextRecord | None, seed: int
+def summed_up(
+    table: pd.DataFrame,
+    kl_median: float,
+    kl_p999: float,
+    dense: Engine,
+    candidate: Engine,
+    text: TextRecord | None,
+    seed: int,
 ) -> QualityResult:
+    """Return the result that follows from a candidate's windows and two quantiles of its KL over tokens."""
     few = f"{len(table)} windows: too few for a claim (at least {ENOUGH_WINDOWS})."
     return QualityResult(
         windows=table,
         delta_nll=_delta_nll(table, seed),
         kl_mean=_mean(table, "kl", seed),
-        kl_median=float(np.median(divergence)),
-        kl_p999=float(np.quantile(divergence, 0.999)),
+        kl_median=kl_median,
+        kl_p999=kl_p999,
         top1_agreement=float(table["agree"].sum() / table["n_tokens"].sum()),
         by_group=_by_group(table, seed),
         dense=dense.model.fingerprint,
@@ -253,8 +267,9 @@ def _compare_window(
     for first, (log_p, *others) in _lockstep([dense, *candidates], window.tokens, name):
         job.check()
         targets = tokens[first + 1 : first + 1 + len(log_p)]
+        reference = DenseTokens(log_p[: len(targets)], targets)
         for side, log_q in enumerate(others):
-            piece = token_quality(log_p[: len(targets)], log_q[: len(targets)], targets)
+            piece = reference.compare(log_q[: len(targets)])
             _require_finite(piece, first, name)
             pieces[side].append(piece)
     return [_joined(found) for found in pieces]
@@ -273,7 +288,7 @@ def _require_finite(piece: TokenQuality, first: int, name: str) -> None:
 
 def _joined(pieces: Sequence[TokenQuality]) -> TokenQuality:
     return TokenQuality(
-        *(np.concatenate([getattr(piece, field.name) for piece in pieces]) for field in fields(TokenQuality))
+        *(np.concatenate([getattr(piece, one.name) for piece in pieces]) for one in fields(TokenQuality))
     )
 
 

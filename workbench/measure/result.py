@@ -192,13 +192,19 @@ def quality_columns(quality: QualityResult) -> dict[str, Any]:
         "kl_mean": quality.kl_mean.value,
         "kl_p999": quality.kl_p999,
         "top1_agreement": quality.top1_agreement,
+        "measured_at": quality.measured_at,
     }
 
 
 def dense_quality_columns(quality: QualityResult) -> dict[str, Any]:
     """The same columns of dense itself, where every difference is zero by definition."""
     zeros = dict.fromkeys(("delta_nll", "delta_nll_low", "delta_nll_high", "kl_mean", "kl_p999"), 0.0)
-    return {"perplexity": quality.perplexity_dense, **zeros, "top1_agreement": 1.0}
+    return {
+        "perplexity": quality.perplexity_dense,
+        **zeros,
+        "top1_agreement": 1.0,
+        "measured_at": quality.measured_at,
+    }
 
 
 def recipe_columns(recipe: Recipe) -> dict[str, Any]:

@@ -34,6 +34,7 @@ ROW_KEYS = (
     "kl_mean",
     "kl_p999",
     "top1_agreement",
+    "measured_at",  # the quality, where an earlier run measured it
     "decode_tokens_per_s",
     "prefill_tokens_per_s",
     "ms_per_token",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from workbench.analysis.profile import Analysis, Profile, run, write_parts
+from workbench.analysis.profile import Analysis, Profile, Provenance, run, write_parts
 from workbench.errors import InputError
 from workbench.progress import Job
 from workbench.store import Checkpoint, PartMissing, Store
@@ -70,6 +70,28 @@ def analyze(store: Store | None, analysis: Analysis, job: Job | None = None, *, 
                 _compute_missing(checkpoint, analysis, job)
     checkpoint.discard()
     return Analyzed(Profile.load(path), cached=False, resumed_parts=resumed, path=path)
+
+
+class ProfileShelf:
+    """Profiles that benches keep in a store; see ``measure.kept_quality``.
+
+    Args:
+        store: where.
+        fresh: find nothing, so that everything is measured anew and replaces what was kept.
+    """
+
+    def __init__(self, store: Store, fresh: bool = False) -> None:
+        self._store, self._fresh = store, fresh
+
+    def find(self, provenance: Provenance) -> Profile | None:
+        """Return the profile of that provenance, or None."""
+        path = None if self._fresh else self._store.artifact(PROFILE, provenance.key)
+        return None if path is None else Profile.load(path)
+
+    def keep(self, profile: Profile) -> None:
+        """Keep a profile, replacing one of the same provenance."""
+        provenance = profile.provenance
+        self._store.put_artifact(PROFILE, provenance.key, profile.save, provenance.model_dump(mode="json"))
 
 
 def _compute_missing(checkpoint: Checkpoint, analysis: Analysis, job: Job) -> int:

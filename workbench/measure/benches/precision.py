@@ -14,12 +14,14 @@ from workbench.apply.precision_config import PrecisionConfig
 from workbench.apply.recipe import Recipe
 from workbench.apply.rtn import RtnConfig
 from workbench.corpus import TextRecord, Window
+from workbench.formats.codes import stored_bits
 from workbench.formats.compressed import CompressedModel
 from workbench.measure.bench import BenchContext, Rows, bench
 from workbench.measure.benches.precision_speed import measure_speed
 from workbench.measure.benches.precision_targets import STATIC, Candidate, Targets, against_static, evaluate
+from workbench.measure.kept_quality import compare_kept
 from workbench.measure.measurement import evaluation_windows
-from workbench.measure.quality import QualityResult, compare_many
+from workbench.measure.quality import QualityResult
 from workbench.measure.result import Sizes, dense_quality_columns, quality_columns
 from workbench.measure.rows import row
 from workbench.models import load
@@ -34,7 +36,7 @@ TEXTS = ("prose", "pydoc")
 _GROUP_SIZE = 64
 _NESTED = ("nested", "nested-anyprecision")  # one copy, read at every width
 _WINDOWS, _QUICK_WINDOWS = (40, 512), (40, 128)  # how many, and their tokens
-_AT_ONCE = 4  # engines beside one dense pass: each holds a model
+_AT_ONCE = 6  # engines beside one dense pass: each holds a model
 _OUTPUT_BITS = 16  # the claim is about the blocks' linears
 
 
@@ -142,11 +144,15 @@ def _chosen(model: LoadedModel, context: BenchContext) -> CompressedModel:
 
 def _same_memory(model: LoadedModel, chosen: CompressedModel, context: BenchContext) -> _Candidate:
     """Round-to-nearest at the widest width that takes no more memory than the copy with all its widths."""
-    for bits in range(8, 2, -1):
-        config = RtnConfig(bits=bits, group_size=_GROUP_SIZE, output_bits=_OUTPUT_BITS)
-        made = context.compress(model, Recipe.for_model(model, config), context.job)
-        if made.effective_bits <= chosen.effective_bits:
-            break
+    linears = model.architecture.linears
+    weights = sum(linear.n_weights for linear in linears)
+
+    def effective(bits: int) -> float:
+        return sum(stored_bits(x.out_features, x.in_features, bits, _GROUP_SIZE, False) for x in linears) / weights
+
+    bits = next((b for b in range(8, 3, -1) if effective(b) <= chosen.effective_bits), 3)
+    config = RtnConfig(bits=bits, group_size=_GROUP_SIZE, output_bits=_OUTPUT_BITS)
+    made = context.compress(model, Recipe.for_model(model, config), context.job)
     return _Candidate("rtn", bits, made, note="as much memory as the nested copy")
 
 
@@ -163,7 +169,8 @@ def _width_rows(
     for begin in range(0, len(candidates), _AT_ONCE):
         engines = [candidate.engine(context.threads) for candidate in candidates[begin : begin + _AT_ONCE]]
         try:
-            found += compare_many(dense, engines, windows, text=record, job=context.job)
+            about = [candidate.bits for candidate in candidates[begin : begin + _AT_ONCE]]
+            found += compare_kept(context.shelf, dense, engines, windows, about=about, text=record, job=context.job)
             modes += [engine.activation_mode for engine in engines]
         finally:
             for engine in engines:

@@ -29,7 +29,7 @@ def measure_speed(
     # A target's neighbours are all that its line needs.
     timed = [bits for bits in widths if not context.quick or bits < max(targets) + 1]
     with tempfile.TemporaryDirectory() as folder:
-        source = str(compressed.save(Path(folder) / "model"))
+        source = str(compressed.folder or compressed.save(Path(folder) / "model"))
         common = {"engine": "cpu", "source": source, "dtype": "float32", "widths": widths}
         keys: list[Key] = [("nested", bits) for bits in timed]
         sides: list[dict[str, Any]] = [common | {"bits": bits} for bits in timed]

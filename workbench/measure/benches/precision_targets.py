@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -11,15 +12,17 @@ import pandas as pd
 import torch
 
 from workbench.analysis.damage import UnitScores, unit_scores
+from workbench.analysis.sampled_text import SampledText, sampled_corpus
 from workbench.apply.allocation import allocate, gain_damage, learnt_damage
-from workbench.corpus import TextRecord, Window, open_text, windows
+from workbench.corpus import TextRecord, Window, windows
 from workbench.errors import RecipeError
 from workbench.formats.compressed import CompressedModel
 from workbench.formats.nested import Nested
 from workbench.formats.selectors import Selectors, share_above
 from workbench.measure.bench import BenchContext
 from workbench.measure.benches.precision_oracle import ExactChoices
-from workbench.measure.quality import QualityResult, compare_candidates, compare_many
+from workbench.measure.kept_quality import compare_kept
+from workbench.measure.quality import QualityResult, compare_candidates
 from workbench.models.base import LoadedModel
 from workbench.runtime import open_engine
 from workbench.runtime.base import Engine, StepTrace
@@ -40,7 +43,7 @@ STATIC = ("static-llm-mq", "static-hawq", "static-learnt", "static-gain")
 _SCORED = 32  # windows of 128 tokens that the scores of the static rivals are taken from
 _POSITIONS = 0.5  # bits more in the first half of a window, and fewer in the second, of the schedule by position
 _MATCHED = 8  # windows that the oracle's bits are matched on
-_AT_ONCE = 12  # candidates beside one dense pass: each holds logits of 128 positions
+_AT_ONCE = 24  # candidates beside one dense pass: each holds logits of 128 positions
 
 
 @dataclass
@@ -56,8 +59,8 @@ class Candidate:
         controller: replaces the policy by its own.
         replay: decisions for a window, given its tokens.
         model: what the engine runs.
-        read: bits per weight of block linears that each token read: codes, scales and zero points, and decisions.
-        bits: average code bits of each token.
+        read_bits: bits per weight of block linears that a token read: codes, scales and zero points, and decisions.
+        realised_bits: average code bits.
     """
 
     method: str
@@ -68,16 +71,13 @@ class Candidate:
     variant: str = ""
     controller: PrecisionController | None = None
     replay: Callable[[Sequence[int]], Sequence[dict[str, Any]]] | None = None
-    read: list[float] = field(default_factory=list)
-    bits: list[float] = field(default_factory=list)
+    read_bits: float = math.nan
+    realised_bits: float = math.nan
 
     @property
-    def realised_bits(self) -> float:
-        return float(np.mean(self.bits))
-
-    @property
-    def read_bits(self) -> float:
-        return float(np.mean(self.read))
+    def about(self) -> list[Any]:
+        """What its choices depend on beside its model and plan; a replay follows from the name and the target."""
+        return [self.method, self.variant, self.target, self.policy]
 
     @property
     def decision_bits(self) -> float:
@@ -103,6 +103,11 @@ class Chosen:
 
         self._widths = WidthReader(parts, self.plan)
         self._stored = WidthReader(parts, self.plan, stored)
+        self._read, self._bits = list[float](), list[float]()  # of each token
+
+    def facts(self) -> dict[str, float]:
+        """Averages over the tokens of the text, by attribute of ``Candidate``."""
+        return {"read_bits": float(np.mean(self._read)), "realised_bits": float(np.mean(self._bits))}
 
     def log_probabilities(
         self, tokens: Sequence[int], *, prompt_length: int = 1, chunk: int = 128
@@ -119,8 +124,8 @@ class Chosen:
             found = next(rows, None)
             if found is None:
                 return
-            one.read += (self._stored(trace) + one.decision_bits).tolist()
-            one.bits += self._widths(trace).tolist()
+            self._read += (self._stored(trace) + one.decision_bits).tolist()
+            self._bits += self._widths(trace).tolist()
             if one.controller is not None:
                 one.controller.observe(trace)
             yield found
@@ -163,8 +168,8 @@ class Targets:
     def _table(self) -> pd.DataFrame:
         """First- and second-order scores on the same nested weights."""
         if self._scores is None:
-            corpus = open_text("self", "tuning", model=self._dense, n_tokens=_SCORED * 144, job=self._context.job)
-            short = [list(w.tokens) for w in windows(corpus, self._dense, 128)][:_SCORED]
+            text = self._context.analyze(SampledText(self._dense, "tuning", _SCORED * 144), self._context.job)
+            short = [list(w.tokens) for w in windows(sampled_corpus(text), self._dense, 128)][:_SCORED]
             codes = {name: e.codes for name, e in self.model.linears.items() if isinstance(e, Nested)}
             widths = [int(bits) for bits in self.selectors.widths]
             analysis = UnitScores(self._dense, short, widths=widths, codes=codes)
@@ -295,11 +300,11 @@ def evaluate(
     found: list[QualityResult] = []
     for begin in range(0, len(candidates), _AT_ONCE):
         part = candidates[begin : begin + _AT_ONCE]
-        for candidate in part:
-            candidate.read.clear()
-            candidate.bits.clear()
         engines: list[Any] = [Chosen(candidate) for candidate in part]
-        found += compare_many(dense, engines, text, text=record, job=context.job)
+        about = [candidate.about for candidate in part]
+        found += compare_kept(context.shelf, dense, engines, text, about=about, text=record, job=context.job)
+    for candidate, quality in zip(candidates, found, strict=True):
+        candidate.read_bits, candidate.realised_bits = (quality.facts[n] for n in ("read_bits", "realised_bits"))
     return found
 
 

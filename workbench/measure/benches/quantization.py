@@ -19,8 +19,9 @@ from workbench.measure.benches.quantization_methods import (
     shifted,
     weight_only,
 )
+from workbench.measure.kept_quality import compare_kept
 from workbench.measure.measurement import evaluation_windows
-from workbench.measure.quality import QualityResult, compare_candidates, compare_many
+from workbench.measure.quality import QualityResult, compare_candidates
 from workbench.measure.result import Sizes, quality_columns
 from workbench.measure.rows import row
 from workbench.measure.statistics import median_bootstrap
@@ -107,7 +108,10 @@ def _measure_quality(
             part = contenders[begin : begin + _AT_ONCE]
             engines = [contender.engine(model, context.threads) for contender in part]
             try:
-                results = compare_many(dense, engines, windows, text=record, job=context.job)
+                about = [[contender.side, contender.dtype] for contender in part]
+                results = compare_kept(
+                    context.shelf, dense, engines, windows, about=about, text=record, job=context.job
+                )
             finally:
                 for engine in engines:
                     engine.close()

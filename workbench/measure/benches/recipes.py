@@ -18,8 +18,9 @@ from workbench.apply.solver import solve
 from workbench.corpus import TextRecord, Window, open_text, windows
 from workbench.formats.compressed import CompressedModel
 from workbench.measure.bench import BenchContext, Rows, bench
+from workbench.measure.kept_quality import compare_kept
 from workbench.measure.measurement import evaluation_windows
-from workbench.measure.quality import QualityResult, compare_candidates, compare_many
+from workbench.measure.quality import QualityResult, compare_candidates
 from workbench.measure.result import Sizes, dense_quality_columns, quality_columns, recipe_columns
 from workbench.measure.rows import row
 from workbench.models import load
@@ -123,7 +124,16 @@ def _qualities(
         dense = open_engine(model, engine=_ENGINE, threads=context.threads)
         engines: list[Engine] = [open_engine(c.model, engine=_ENGINE, threads=context.threads) for c in part]
         try:
-            found += compare_many(dense, engines, evaluation, text=record, decode=model.decode, job=context.job)
+            found += compare_kept(
+                context.shelf,
+                dense,
+                engines,
+                evaluation,
+                about=[None] * len(part),
+                text=record,
+                decode=model.decode,
+                job=context.job,
+            )
         finally:
             for engine in (dense, *engines):
                 engine.close()

@@ -1,0 +1,183 @@
+"""Quality that a bench has measured is kept, candidate by candidate, so that an interrupted one goes on where it was.
+
+What is kept is the table of windows of one candidate on one text, as a profile. Its key holds everything that the
+numbers depend on, the workbench's own code and kernels included: after any change of them all is measured anew. Timings
+are never kept.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields, is_dataclass, replace
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+import numpy as np
+
+from workbench.analysis.profile import Profile, Provenance, library_versions
+from workbench.measure.quality import QualityResult, compare_many, summed_up
+from workbench.progress import Job
+
+if TYPE_CHECKING:
+    from workbench.corpus import TextRecord, Window
+    from workbench.runtime.base import Engine
+
+_FACT = "fact."  # prefix of the columns that hold what an engine told of itself
+_ABOUT_ALL = ("kl_median", "kl_p999", "measured_at")  # columns alike in every row
+
+
+class Shelf(Protocol):
+    """Where profiles are kept between runs; the store's is ``operate.jobs.ProfileShelf``."""
+
+    def find(self, provenance: Provenance) -> Profile | None: ...
+
+    def keep(self, profile: Profile) -> None: ...
+
+
+@runtime_checkable
+class Telling(Protocol):
+    """An engine that tells more about its run than log-probabilities."""
+
+    def facts(self) -> Mapping[str, float]:
+        """What it did on the text that it was measured on, such as the bits that it read."""
+        ...
+
+
+def compare_kept(
+    shelf: Shelf | None,
+    dense: Engine,
+    candidates: Sequence[Engine],
+    windows: Sequence[Window],
+    *,
+    about: Sequence[Any],
+    text: TextRecord | None = None,
+    decode: Callable[[Sequence[int]], str] | None = None,
+    job: Job | None = None,
+) -> list[QualityResult]:
+    """``compare_many``, of those candidates that no earlier run has measured on these windows.
+
+    Args:
+        shelf: where results are kept; None measures all and keeps nothing.
+        dense, candidates, windows, text, decode, job: see ``compare_many``.
+        about: of each candidate, what its predictions depend on beside the bytes of its model, its engine and plan:
+            policy, computation type, what is replayed. JSON values, arrays and dataclasses.
+
+    Returns:
+        As ``compare_many``; ``measured_at`` and ``facts`` say which are from earlier runs and what engines told.
+    """
+    keys = [_provenance(dense, one, windows, text, told, decode) for one, told in zip(candidates, about, strict=True)]
+    known = [None if shelf is None else shelf.find(key) for key in keys]
+    missing = [index for index, profile in enumerate(known) if profile is None]
+    engines = [candidates[index] for index in missing]
+    fresh = compare_many(dense, engines, windows, text=text, decode=decode, job=job) if missing else []
+    found = dict(zip(missing, fresh, strict=True))
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    for index, engine in zip(missing, engines, strict=True):
+        if isinstance(engine, Telling):
+            found[index] = replace(found[index], facts=dict(engine.facts()))
+        if shelf is not None:
+            shelf.keep(_profile(found[index], keys[index], now))
+    for index, profile in enumerate(known):
+        if profile is not None:
+            found[index] = _result(profile, dense, candidates[index], text)
+    return [found[index] for index in range(len(candidates))]
+
+
+def _provenance(
+    dense: Engine, candidate: Engine, windows: Sequence[Window], text: TextRecord | None, about: Any, decode: Any
+) -> Provenance:
+    model = dense.model
+    versions = library_versions()
+    with contextlib.suppress(metadata.PackageNotFoundError):  # a rival that some candidates are run by
+        versions["bitsandbytes"] = metadata.version("bitsandbytes")
+    return Provenance(
+        kind="quality",
+        model=model.name,
+        architecture_sha256=model.fingerprint.architecture,
+        weights_sha256=model.fingerprint.weights,
+        text=text,
+        parameters={
+            "windows": digest([[w.document, w.domain, w.language, list(w.tokens)] for w in windows]),
+            "dense": _ran_by(dense),
+            "candidate": _ran_by(candidate),
+            "about": digest(about),
+            "excerpts": decode is not None,
+            "code": code_sha256(),
+        },
+        versions=versions,
+    )
+
+
+def _ran_by(engine: Engine) -> list[str]:
+    weights = engine.model.fingerprint.weights
+    return [engine.name, str(engine.activation_mode), str(getattr(engine, "isa", "")), weights, digest(engine.plan)]
+
+
+def _profile(quality: QualityResult, provenance: Provenance, now: str) -> Profile:
+    columns: dict[str, Any] = {"kl_median": quality.kl_median, "kl_p999": quality.kl_p999, "measured_at": now}
+    columns |= {_FACT + name: value for name, value in quality.facts.items()}
+    return Profile(quality.windows.assign(**columns), provenance)
+
+
+def _result(profile: Profile, dense: Engine, candidate: Engine, text: TextRecord | None) -> QualityResult:
+    table = profile.table
+    facts = [str(name) for name in table if str(name).startswith(_FACT)]
+    first = table.iloc[0].to_dict()
+    rows = table.drop(columns=[*_ABOUT_ALL, *facts])
+    result = summed_up(rows, float(first["kl_median"]), float(first["kl_p999"]), dense, candidate, text, seed=0)
+    told = {name.removeprefix(_FACT): float(first[name]) for name in facts}
+    return replace(result, facts=told, measured_at=str(first["measured_at"]))
+
+
+@functools.cache
+def code_sha256() -> str:
+    """SHA-256 (hex) over the package's own sources and compiled kernels."""
+    from workbench.errors import EngineError
+    from workbench.runtime.cpu_build import kernels
+
+    package = Path(__file__).parents[1]
+    files = sorted(package.rglob("*.py"))
+    with contextlib.suppress(EngineError):  # it was not built
+        files.append(Path(str(kernels().__file__)))  # an editable install has it elsewhere
+    found = hashlib.sha256()
+    for path in files:
+        found.update(path.name.encode() + hashlib.sha256(path.read_bytes()).digest())
+    return found.hexdigest()
+
+
+def digest(value: Any) -> str:
+    """SHA-256 (hex) of JSON values, arrays and dataclasses, nested in any way; equal values give equal digests.
+
+    Raises:
+        TypeError: something else, whose identity is not known.
+    """
+    found = hashlib.sha256()
+    _feed(found.update, value)
+    return found.hexdigest()
+
+
+def _feed(update: Callable[[bytes], None], value: Any) -> None:
+    if is_dataclass(value) and not isinstance(value, type):
+        update(f"<{type(value).__name__}>".encode())
+        _feed(update, {field.name: getattr(value, field.name) for field in fields(value)})
+    elif isinstance(value, np.ndarray):
+        update(f"<{value.dtype}{value.shape}>".encode())
+        update(np.ascontiguousarray(value).tobytes())
+    elif isinstance(value, Mapping):
+        update(f"<{len(value)} pairs>".encode())
+        for key in sorted(value, key=repr):
+            _feed(update, key)
+            _feed(update, value[key])
+    elif isinstance(value, list | tuple):
+        update(f"<{len(value)} values>".encode())
+        for entry in value:
+            _feed(update, entry)
+    elif value is None or isinstance(value, str | int | float | np.generic):
+        update(f"{value!r};".encode())
+    else:
+        raise TypeError(f"cannot tell one {type(value).__name__} from another")
