@@ -65,6 +65,21 @@ def chosen(made: CompressedModel) -> Selectors:
     return made.selectors
 
 
+@pytest.fixture(scope="module")
+def uneven(make_model: Callable[..., LoadedModel]) -> CompressedModel:
+    """Made of a model whose norms have weights that differ, as training leaves them.
+
+    With ones, inputs behind a norm are of one length to the last bits, and a unit's tokens move all at once.
+    """
+    model = make_model()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, weight in model.module.named_parameters():
+            if "norm" in name:
+                weight.uniform_(0.5, 1.5, generator=generator)
+    return compress(model, recipe(model))
+
+
 def codes_of(model: CompressedModel) -> dict[str, NestedCodes]:
     return {name: encoding.codes for name, encoding in model.linears.items() if isinstance(encoding, Nested)}
 
@@ -163,7 +178,11 @@ def test_thresholds_hold_the_target_on_calibration_text(
 ) -> None:
     arch = made.architecture
     cuts = cuts_of(arch, chosen, gain_thresholds(arch, chosen, target))
-    assert expected_bits(arch, chosen, cuts) == pytest.approx(target, abs=0.02)
+    # Behind a norm without weights, as in this random model, inputs are of one length to the last bits: where such a
+    # unit is the next to be read wider, all its tokens are at once, and no thresholds meet the target any nearer.
+    dearer, cheaper = (expected_bits(arch, chosen, cuts * factor) for factor in (1 + 1e-5, 1 - 1e-5))
+    assert dearer - 0.02 <= target <= cheaper + 0.02
+    assert dearer <= expected_bits(arch, chosen, cuts) <= cheaper
     assert (np.diff(cuts, axis=1) >= 0).all()
 
 
@@ -266,24 +285,23 @@ def test_the_controller_brings_strange_text_back_to_the_target(made: CompressedM
 
 @pytest.mark.parametrize("engine_name", ["reference", "cpu"])
 @pytest.mark.parametrize("length", [40, 300])
-def test_the_average_is_held_while_a_prompt_is_read(
-    made: CompressedModel, chosen: Selectors, engine_name: str, length: int
-) -> None:
+def test_the_average_is_held_while_a_prompt_is_read(uneven: CompressedModel, engine_name: str, length: int) -> None:
     """Also where calibration norms are too low or too high, and the first token is read at the widest."""
-    arch, prompt = made.architecture, windows(13, 1, length)[0]
+    arch, chosen, prompt = uneven.architecture, uneven.selectors, windows(13, 1, length)[0]
+    assert chosen is not None
     for factor in (0.85, 1.0, 1.2):
         strange = dataclasses.replace(
             chosen, norms=chosen.norms * np.float32(factor), power=chosen.power * np.float32(factor**2)
         )
         for target in (3.0, 4.0):
-            engine = open_engine(made, engine=engine_name, plan=precision_plan(arch, strange, target))
+            engine = open_engine(uneven, engine=engine_name, plan=precision_plan(arch, strange, target))
             controller = PrecisionController(arch, strange, target)
             sequence = engine.start()
             watched = Held(engine, sequence, controller)
             engine.generate(sequence, prompt, 1, on_token=watched, between=watched.look)
             watched.finish()
             assert sequence.position == length
-            read = float(np.mean([bits_read(made, step) for step in sequence.trace]))
+            read = float(np.mean([bits_read(uneven, step) for step in sequence.trace]))
             assert controller.realised == pytest.approx(read)
             assert abs(read - target) < (0.05 if length == 300 else 0.25)
 
