@@ -41,6 +41,7 @@ class AwqConfig(GridConfig, Calibrated):
 
     Attributes:
         scale: search scales; off leaves the clipping alone.
+        alpha: exponent of the scales of every unit, 0 to 1, instead of a search.
         alpha_steps: exponents tried, 0 up to but not 1, as in the paper.
         weight_factor: divide ``activation^alpha`` by ``weight^(1 - alpha)``.
         clip: search clipped ranges, of all linears but q and k.
@@ -50,10 +51,24 @@ class AwqConfig(GridConfig, Calibrated):
     method: Literal["awq"] = "awq"
     group_size: GroupSize = 64
     scale: StrictBool = True
+    alpha: Annotated[float, Field(ge=0, le=1)] | None = None
     alpha_steps: Annotated[Whole, Field(ge=1, le=100)] = 20
     weight_factor: StrictBool = False
     clip: StrictBool = True
     joint: StrictBool = True
+
+    @property
+    def options(self) -> Options:
+        """Of the search of every unit."""
+        return Options(
+            self.group_size,
+            self.symmetric,
+            self.alpha_steps,
+            self.weight_factor,
+            self.clip,
+            self.joint,
+            self.alpha,
+        )
 
 
 @dataclass(frozen=True)
@@ -91,16 +106,13 @@ class Awq:
         tokens, text = calibration_windows(
             model, config.calibration_tokens, seed, job, text=config.calibration, parts=draft.parts
         )
-        options = Options(
-            config.group_size, config.symmetric, config.alpha_steps, config.weight_factor, config.clip, config.joint
-        )
 
         def search(inputs: Inputs) -> Found:
             job.check()
             unit, moment, magnitude = inputs
             fold = find_fold(model.architecture, unit) if config.scale else None
-            matrices = [_matrix(draft, linear, bits[linear.id]) for linear in unit.linears]
-            made = search_unit(matrices, moment, magnitude, options, fold.tie if fold else None, job.check)
+            matrices = [matrix_of(linear, draft.weight(linear.path), bits[linear.id]) for linear in unit.linears]
+            made = search_unit(matrices, moment, magnitude, config.options, fold.tie if fold else None, job.check)
             _keep(draft.parts, unit, made)
             return made
 
@@ -155,6 +167,6 @@ def _kept(parts: Parts, unit: Unit) -> Found | None:
     return Found(part.tensors.get("scales"), shares, **part.facts)
 
 
-def _matrix(draft: Draft, linear: Linear, bits: int) -> Matrix:
-    dense = bits == DENSE_BITS
-    return Matrix(draft.weight(linear.path), None if dense else bits, linear.role not in _UNCLIPPED)
+def matrix_of(linear: Linear, weight: torch.Tensor, bits: int) -> Matrix:
+    """A linear with its weight (out, in), or some of its rows, as the search takes it."""
+    return Matrix(weight, None if bits == DENSE_BITS else bits, linear.role not in _UNCLIPPED)

@@ -7,6 +7,7 @@ calibration tokens of the squared change of the outputs is, without running them
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -72,7 +73,7 @@ def clip_shares(
 
     Args:
         weight: float32 (out, in).
-        moment: ``E[x x^T]`` of its inputs, float32 (in, in).
+        moment: ``E[x x^T]`` of its inputs, float32 (in, in), or its diagonal (in,).
         bits, group_size, symmetric: of the grid.
 
     Returns:
@@ -91,8 +92,13 @@ def clip_shares(
 
 
 def group_moments(moment: torch.Tensor, group_size: int) -> torch.Tensor:
-    """The blocks of a moment (in, in) on its diagonal, (n_groups, group_size, group_size); a short last one padded."""
+    """The blocks of a moment (in, in) on its diagonal, (n_groups, group_size, group_size); a short last one padded.
+
+    Of a moment that is a diagonal (in,) itself: (n_groups, group_size).
+    """
     n = moment.shape[0]
+    if moment.dim() == 1:
+        return functional.pad(moment, (0, -n % group_size)).unflatten(0, (-1, group_size))
     padded = functional.pad(moment, (0, -n % group_size, 0, -n % group_size))
     grouped = padded.unflatten(1, (-1, group_size)).unflatten(0, (-1, group_size))
     return grouped.diagonal(dim1=0, dim2=2).permute(2, 0, 1).contiguous()
@@ -102,6 +108,8 @@ def _group_costs(error: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
     """``e_g H_gg e_g^T`` of every row's groups: error (out, in) to (out, n_groups)."""
     size = blocks.shape[1]
     grouped = functional.pad(error, (0, -error.shape[1] % size)).unflatten(1, (-1, size)).transpose(0, 1)
+    if blocks.dim() == 2:
+        return (grouped.square() @ blocks.unsqueeze(2)).squeeze(2).T
     return ((grouped @ blocks) * grouped).sum(2).T
 
 
@@ -147,6 +155,7 @@ class Options:
     weight_factor: bool
     clip: bool
     joint: bool
+    alpha: float | None = None
 
 
 @dataclass(frozen=True)
@@ -155,12 +164,14 @@ class Found:
 
     Attributes:
         scales: of its inputs, float32 (in,); None where they stay as they are.
+        alpha: the exponent behind them, None without scales.
         shares: of each linear's ranges, float32 (out, n_groups), None where they are not clipped.
         error: of the unit's outputs, in the search's own measure.
         before: the same with neither scales nor clipping.
     """
 
     scales: torch.Tensor | None
+    alpha: float | None
     shares: list[torch.Tensor | None]
     error: float
     before: float
@@ -178,7 +189,8 @@ def search_unit(
 
     Args:
         matrices: the linears, which share their inputs.
-        moment: ``E[x x^T]`` of the inputs, float32 (in, in).
+        moment: ``E[x x^T]`` of the inputs, float32 (in, in); or its diagonal (in,), with which the error is the
+            expected one if rounding errors of different channels have nothing to do with one another.
         magnitude: mean magnitude of each input, float32 (in,).
         options: of the search.
         tie: makes scales such that they can be folded away (``Fold.tie``); None where nothing takes them.
@@ -186,38 +198,59 @@ def search_unit(
     """
     joint = options.clip and options.joint
     before, _ = _error(matrices, moment, None, options, False)
-    scales = None
+    scales, alpha = None, None
     if tie is not None:
         stride = max(1, sum(len(m.weight) for m in matrices) // _ROWS)  # one for all, so that each keeps its part
         few = [replace(m, weight=m.weight[::stride]) for m in matrices]
         weights = [m.weight for m in few if m.bits is not None]
         factor = weight_magnitude(weights, options.group_size) if options.weight_factor and weights else None
+        exponents = [step / options.alpha_steps for step in range(options.alpha_steps)]
         best, _ = _error(few, moment, None, options, joint)
-        for step in range(options.alpha_steps):
+        if options.alpha is not None:
+            exponents, best = [options.alpha], math.inf
+        for exponent in exponents:
             check()
-            tried = tie(input_scales(magnitude, step / options.alpha_steps, factor))
+            tried = tie(input_scales(magnitude, exponent, factor))
             error, _ = _error(few, moment, tried, options, joint)
             if error < best:
-                best, scales = error, tried
+                best, scales, alpha = error, tried, exponent
     error, shares = _error(matrices, moment, scales, options, options.clip)
-    return Found(scales, shares, error, before)
+    return Found(scales, alpha, shares, error, before)
+
+
+def scaled_moment(moment: torch.Tensor, scales: torch.Tensor | None) -> torch.Tensor:
+    """The moment (in, in), or its diagonal (in,), of inputs that were divided by scales (in,)."""
+    if scales is None:
+        return moment
+    return moment / scales.square() if moment.dim() == 1 else moment / scales / scales.unsqueeze(1)
+
+
+def rounding_error(
+    matrix: Matrix, scales: torch.Tensor | None, options: Options, shares: torch.Tensor | None
+) -> torch.Tensor:
+    """What rounding changes in scaled weights, float32 (out, in); not of a matrix that stays dense."""
+    assert matrix.bits is not None
+    weight = matrix.weight if scales is None else matrix.weight * scales
+    grid = make_grid(weight, matrix.bits, options.group_size, options.symmetric, shares)
+    return dequantize(grid.nearest(weight)).sub_(weight)
 
 
 def _error(
     matrices: Sequence[Matrix], moment: torch.Tensor, scales: torch.Tensor | None, options: Options, clip: bool
 ) -> tuple[float, list[torch.Tensor | None]]:
     """``sum over linears of tr(E H E^T)`` and the shares that their ranges were clipped to."""
-    if scales is not None:
-        moment = moment / scales / scales.unsqueeze(1)
+    moment = scaled_moment(moment, scales)
     total, shares = 0.0, []
     for matrix in matrices:
         share = None
         if matrix.bits is not None:
-            weight = matrix.weight if scales is None else matrix.weight * scales
-            grid = (matrix.bits, options.group_size, options.symmetric)
             if clip and matrix.clip:
-                share = clip_shares(weight, moment, *grid)
-            error = dequantize(make_grid(weight, *grid, share).nearest(weight)).sub_(weight)
-            total += float(((error @ moment) * error).sum(dtype=torch.float64))
+                weight = matrix.weight if scales is None else matrix.weight * scales
+                share = clip_shares(weight, moment, matrix.bits, options.group_size, options.symmetric)
+            error = rounding_error(matrix, scales, options, share)
+            if moment.dim() == 1:
+                total += float((error.square() @ moment).sum(dtype=torch.float64))
+            else:
+                total += float(((error @ moment) * error).sum(dtype=torch.float64))
         shares.append(share)
     return total, shares

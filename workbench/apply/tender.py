@@ -39,7 +39,7 @@ from workbench.progress import Job
 
 Scales = Literal["token", "chunk"]
 IntegerBits = Literal[4, 8]
-_MOST_GROUPS = 12
+MOST_GROUPS = 12
 _GAIN = 0.02  # share of the predicted error that one more group has to take off: each costs a shift of every sum
 _JUDGES = 2  # calibration windows on which round-up and round-down are compared; the paper takes one
 
@@ -65,7 +65,7 @@ class TenderConfig(MethodConfig):
     bits: IntegerBits = 8
     activation_bits: IntegerBits = 8
     scales: Scales = "token"
-    groups: Annotated[Whole, Field(ge=1, le=_MOST_GROUPS)] | None = None
+    groups: Annotated[Whole, Field(ge=1, le=MOST_GROUPS)] | None = None
     chunk_tokens: Annotated[Whole, Field(ge=1)] = 256
     rounding: Literal["auto", "up", "down"] = "auto"
     bias: Literal["auto", "norms", "none"] = "auto"
@@ -151,7 +151,7 @@ def choose_groups(
         allowed: whether sums fit.
     """
     best, least = make(1), math.inf
-    for groups in range(1, _MOST_GROUPS + 1):
+    for groups in range(1, MOST_GROUPS + 1):
         powers = make(groups)
         if not allowed(powers):
             break
@@ -260,7 +260,6 @@ def fit_tender(
     model = draft.model
     starts = chunk_starts(config.chunk_tokens, max(map(len, windows)))
     ranges = input_ranges(model, windows, starts, seed, job)
-    biased = config.bias == "norms" or (config.bias == "auto" and config.scales == "chunk")
 
     def schemes(down: bool) -> dict[str, InputScheme]:
         return {
@@ -269,7 +268,7 @@ def fit_tender(
                 weight_power(draft, unit),
                 config,
                 starts,
-                centred=biased and unit.kind in ("qkv", "gate_up"),
+                centred=is_centred(config, unit),
                 down=down,
             )
             for unit in model.architecture.units
@@ -286,6 +285,12 @@ def fit_tender(
         found[loss(draft, candidate, config.bits, windows[:_JUDGES])] = candidate
         job.advance()
     return found[min(found)]
+
+
+def is_centred(config: TenderConfig, unit: Unit) -> bool:
+    """Whether the middles of a unit's input channels are taken off: of those that come from a norm, where asked for."""
+    asked = config.bias == "norms" or (config.bias == "auto" and config.scales == "chunk")
+    return asked and unit.kind in ("qkv", "gate_up")
 
 
 def weight_power(draft: Draft, unit: Unit) -> torch.Tensor:

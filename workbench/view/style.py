@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 import plotly.io as pio
@@ -98,6 +99,15 @@ def log_ticks(low: float, high: float) -> dict[str, Any]:
     marks = [m * 10.0**e for e in range(math.floor(low), math.ceil(high) + 1) for m in mantissas]
     marks = [mark for mark in marks if low - 1e-9 <= math.log10(mark) <= high + 1e-9]
     return {"tickvals": marks, "ticktext": [f"{mark:g}" for mark in marks]} if len(marks) > 2 else {}
+
+
+def log_ends(values: np.ndarray) -> list[float]:
+    """Powers of ten around all positive values, with some room."""
+    logs = np.log10(values[np.isfinite(values) & (values > 0)])
+    if not len(logs):
+        return [-1.0, 1.0]
+    margin = 0.05 * max(float(logs.max() - logs.min()), 0.2)
+    return [float(logs.min()) - margin, float(logs.max()) + margin]
 
 
 def interval_bars(low: pd.Series, middle: pd.Series, high: pd.Series) -> dict[str, Any]:

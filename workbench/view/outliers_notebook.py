@@ -1,0 +1,278 @@
+"""Outliers and what protects from them as ipywidgets, for JupyterLab: one skin over an ``OutlierSitting``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from workbench.store import Store
+from workbench.view import outliers_error_plots as error_plots
+from workbench.view import outliers_panels, panels
+from workbench.view import outliers_plots as plots
+from workbench.view.outliers_controller import OutlierSitting, OutlierState
+from workbench.view.outliers_picker import ProtectionPart, RoundingPart
+from workbench.view.outliers_picks import Method, OutlierSettings
+from workbench.view.parts import WIDE, Picture, button, html, label, title, widgets
+
+_ALL_STEPS = -1  # None would leave the menu without any entry chosen
+_ROW = {"flex_flow": "row wrap", "align_items": "center"}
+
+
+class OutlierWorkbench(widgets.VBox):  # type: ignore[misc]
+    """See which channels and values stand out, pick what protects from them, run, and compare with the prediction.
+
+    Args:
+        model: what ``models.load`` takes.
+        method: ``awq`` or ``tender``: what is picked.
+        unit: that is looked at first; empty for the most extreme one.
+        settings: how much is looked at and measured.
+        store: where analyses and fits are kept; None opens the default store.
+        start: begin the analysis at once.
+
+    Attributes:
+        sitting: state and actions, the same without widgets.
+    """
+
+    def __init__(
+        self,
+        model: str | Path = "smollm2-135m",
+        *,
+        method: Method = "awq",
+        unit: str = "",
+        settings: OutlierSettings | None = None,
+        store: Store | None = None,
+        start: bool = True,
+    ) -> None:
+        self.sitting = OutlierSitting(model, method=method, unit=unit, settings=settings, store=store)
+        self._shown = OutlierState(model="", method=method)
+        self._make_bar()
+        self._make_look()
+        self._make_pick()
+        super().__init__(
+            [
+                widgets.HTML(panels.STYLE + panels.heading(str(model), "Outliers in")),
+                *self._bar_parts,
+                *self._look_parts,
+                *self._pick_parts,
+            ],
+            layout=WIDE,
+        )
+        self.add_class("wb-workbench")
+        self._stop = self.sitting.subscribe(self._show)
+        self._show(self.sitting.state)
+        if start:
+            self.sitting.analyse()
+
+    def close(self) -> None:
+        """Stop what runs, free the model, and remove the widgets."""
+        self._stop()
+        self.sitting.close()
+        super().close()
+
+    # Parts ---------------------------------------------------------------------------------------------------------
+
+    def _make_bar(self) -> None:
+        self._analyse = button("Analyse", "wb-analyse", "Look at all inputs of the model", "search")
+        self._run = button("Run", "wb-run", "Carry out what is picked, and measure it", "play", "primary")
+        self._cancel = button("Cancel", "wb-cancel", "Stop at the next safe point", "stop", "warning")
+        self._analyse.on_click(lambda _: self.sitting.analyse())
+        self._run.on_click(lambda _: self.sitting.run())
+        self._cancel.on_click(lambda _: self.sitting.cancel())
+        self._progress = widgets.FloatProgress(
+            0.0, min=0.0, max=1.0, description="Progress", tooltip="Share of this step", layout={"width": "320px"}
+        )
+        self._progress.add_class("wb-progress")
+        self._remaining = label("wb-remaining")
+        self._status = html("wb-status")
+        self._unit = widgets.Dropdown(
+            options=[], description="Unit", tooltip="Whose inputs are shown", layout={"width": "260px"}
+        )
+        self._unit.add_class("wb-unit")
+        self._steps = widgets.Dropdown(
+            options=[("all", _ALL_STEPS)],
+            description="Steps",
+            tooltip="At which positions of a text channels are looked at",
+            layout={"width": "240px"},
+        )
+        self._steps.add_class("wb-range")
+        self._unit.observe(self._on_unit, "value")
+        self._steps.observe(self._on_steps, "value")
+        self._bar_parts = [
+            widgets.HBox([self._analyse, self._run, self._cancel, self._progress, self._remaining], layout=_ROW),
+            self._status,
+            widgets.HBox([self._unit, self._steps], layout=_ROW),
+        ]
+
+    def _make_look(self) -> None:
+        self._order = widgets.Dropdown(
+            options=[("largest first", True), ("by number", False)],
+            description="Channels",
+            tooltip="How the profile is ordered",
+            layout={"width": "220px"},
+        )
+        self._order.add_class("wb-order")
+        self._groups = widgets.IntSlider(
+            4,
+            min=1,
+            max=12,
+            continuous_update=False,
+            description="Groups drawn",
+            tooltip="Groups at powers of two, over the profile",
+            style={"description_width": "initial"},
+            layout={"width": "300px"},
+        )
+        self._groups.add_class("wb-drawn")
+        self._marked = widgets.FloatSlider(
+            1.0,
+            min=0.25,
+            max=10.0,
+            step=0.25,
+            continuous_update=False,
+            description="Salient (%)",
+            tooltip="Share of the channels that are marked and compared",
+            readout_format=".2f",
+            layout={"width": "320px"},
+        )
+        self._marked.add_class("wb-marked")
+        for control in (self._order, self._groups):
+            control.observe(lambda _: self._draw_profile(), "value")
+        self._marked.observe(lambda _: self._draw_salience(), "value")
+        self._profile = Picture("wb-profile")
+        self._scatter = Picture("wb-scatter")
+        self._overlap = html("wb-overlap")
+        self._surface = Picture("wb-surface")
+        self._massive = html("wb-massive")
+        self._look_parts = [
+            title("Look: the channels of one unit's input"),
+            widgets.HBox([self._order, self._groups], layout=_ROW),
+            self._profile,
+            self._marked,
+            self._scatter,
+            self._overlap,
+            title("Look: single values, token by token"),
+            self._surface,
+            self._massive,
+        ]
+
+    def _make_pick(self) -> None:
+        awq = self.sitting.state.method == "awq"
+        self._picker = ProtectionPart(self.sitting) if awq else RoundingPart(self.sitting)
+        self._predicted = html("wb-predicted")
+        self._by_groups = Picture("wb-by-groups")
+        self._errors = Picture("wb-errors")
+        self._zero = button("Zero and measure", "wb-zero", "Set values of this unit to zero, one by one", "eraser")
+        self._zero.on_click(lambda _: self.sitting.intervene())
+        self._interventions = html("wb-interventions")
+        self._measured = html("wb-measured")
+        self._measured.value = outliers_panels.measured(None)
+        self._pick_parts = [
+            title("Pick: how weights are protected" if awq else "Pick: how inputs are rounded to integers"),
+            self._picker,
+            self._predicted,
+            *([] if awq else [self._by_groups]),
+            self._errors,
+            title("What one value carries: the largest of the residual, and channels of this unit, set to zero"),
+            self._zero,
+            self._interventions,
+            title("Measured"),
+            self._measured,
+        ]
+
+    # What the user does --------------------------------------------------------------------------------------------
+
+    # Comparing with the state, rather than a flag that is up while showing, never loses what the user does meanwhile.
+
+    def _on_unit(self, change: dict[str, Any]) -> None:
+        if change["new"] and change["new"] != self.sitting.state.unit:
+            self.sitting.select_unit(change["new"])
+
+    def _on_steps(self, change: dict[str, Any]) -> None:
+        first = None if change["new"] == _ALL_STEPS else change["new"]
+        if first != self.sitting.state.first_step:
+            self.sitting.select_steps(first)
+
+    # Showing the state ---------------------------------------------------------------------------------------------
+
+    def _show(self, state: OutlierState) -> None:
+        """Bring the widgets to a state, touching only what differs from the one shown before."""
+        before, self._shown = self._shown, state
+        # A prediction makes room for what is asked for by hand.
+        free = state.waiting
+        self._analyse.disabled = not free
+        self._run.disabled = self._zero.disabled = not free or state.look is None
+        self._cancel.disabled = not state.busy or state.cancelling
+        share = state.progress.done / state.progress.total if state.progress and state.progress.total else 0.0
+        self._progress.value = share
+        self._remaining.value = panels.progress(state.progress)
+        self._status.value = panels.status(state)
+        if state.look is not before.look:
+            self._fill_menus(state)
+        if state.unit != before.unit and state.unit in self._unit.options:
+            self._unit.value = state.unit
+        if state.first_step != before.first_step:
+            self._steps.value = _ALL_STEPS if state.first_step is None else state.first_step
+        seen = state.look is not before.look or state.unit != before.unit
+        if seen or state.first_step != before.first_step:
+            self._draw_profile()
+            self._draw_salience()
+        picked = state.protection is not before.protection or state.rounding is not before.rounding
+        if picked:
+            self._picker.show(state)
+        predicted = picked or seen or state.predicted is not before.predicted or state.totals is not before.totals
+        if predicted:
+            self._draw_predictions(state, seen or picked)
+        if predicted or state.surface is not before.surface:
+            self._draw_surface(state)
+        if state.interventions is not before.interventions or state.look is not before.look:
+            self._interventions.value = outliers_panels.interventions(state)
+        if state.trial is not before.trial:
+            self._measured.value = outliers_panels.measured(state.trial)
+
+    def _fill_menus(self, state: OutlierState) -> None:
+        if state.look is None or state.architecture is None:
+            return
+        units = [unit.id for unit in state.architecture.units]
+        if list(self._unit.options) != units:
+            with self._unit.hold_trait_notifications():
+                self._unit.options = units
+                self._unit.value = state.unit
+        starts = state.look.first_steps
+        ranges = zip(starts, [*starts[1:], None], strict=True)
+        self._steps.options = [
+            ("all", _ALL_STEPS),
+            *((outliers_panels.steps_name(first, following), first) for first, following in ranges),
+        ]
+        self._massive.value = outliers_panels.massive(state, self.sitting.decode)
+
+    def _draw_profile(self) -> None:
+        state = self.sitting.state
+        if state.channels is not None and state.look is not None:
+            said = state.look.said()
+            self._profile.show(
+                plots.channel_profile(state.channels, state.unit, said, self._groups.value, ranked=self._order.value)
+            )
+
+    def _draw_salience(self) -> None:
+        state, share = self.sitting.state, self._marked.value / 100
+        if state.channels is not None and state.look is not None:
+            self._scatter.show(plots.salience_scatter(state.channels, state.unit, state.look.said(), share))
+            self._overlap.value = outliers_panels.overlaps(state, share)
+
+    def _draw_surface(self, state: OutlierState) -> None:
+        surface, scaling = state.current_surface, state.scaling
+        if surface is None or scaling is None:
+            return
+        after, scales = scaling
+        self._surface.show(plots.surface_maps(surface.table, state.unit, scales, after, self.sitting.decode))
+
+    def _draw_predictions(self, state: OutlierState, groups_changed: bool) -> None:
+        self._predicted.value = outliers_panels.predicted(state)
+        if state.every_unit is not None and len(state.every_unit):
+            self._errors.show(error_plots.unit_errors(state.every_unit, state.picked_name, state.unit))
+        if groups_changed and state.look is not None and state.look.groups is not None:
+            rounding = state.rounding
+            self._by_groups.show(
+                error_plots.group_errors(
+                    state.look.groups.table, state.unit, rounding.bits, rounding.scales, state.look.said()
+                )
+            )
