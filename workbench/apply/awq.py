@@ -156,7 +156,7 @@ def _keep(parts: Parts, unit: Unit, found: Found) -> None:
     tensors = {f"shares.{i}": share for i, share in enumerate(found.shares) if share is not None}
     if found.scales is not None:
         tensors["scales"] = found.scales
-    parts.keep(unit.id, tensors, {"error": found.error, "before": found.before})
+    parts.keep(unit.id, tensors, {"alpha": found.alpha, "error": found.error, "before": found.before})
 
 
 def _kept(parts: Parts, unit: Unit) -> Found | None:
@@ -164,7 +164,7 @@ def _kept(parts: Parts, unit: Unit) -> Found | None:
     if part is None:
         return None
     shares = [part.tensors.get(f"shares.{i}") for i in range(len(unit.linears))]
-    return Found(part.tensors.get("scales"), shares, **part.facts)
+    return Found(part.tensors.get("scales"), shares=shares, **part.facts)
 
 
 def matrix_of(linear: Linear, weight: torch.Tensor, bits: int) -> Matrix:
