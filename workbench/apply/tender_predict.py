@@ -37,7 +37,7 @@ from workbench.progress import Job
 BITS: tuple[IntegerBits, ...] = (8, 4)
 SCALES: tuple[Scales, ...] = ("token", "chunk")
 _STARTS = (0, 1)  # the first position, and all others: one chunk, for windows no longer than it
-_ROWS, _WEIGHT_ROWS = 64, 128  # of inputs that are rounded; of each matrix
+_ROWS, _WEIGHT_ROWS = 48, 128  # of inputs that are rounded; of each matrix
 
 
 class GroupErrors:
@@ -92,25 +92,37 @@ class GroupErrors:
                 config = TenderConfig(bits=bits, activation_bits=bits, scales=scales)
                 centred = is_centred(config, unit)
                 chosen = tender_scheme(ranges, lengths, config, _STARTS, centred=centred)
-                before, error = None, 0.0
-                for groups in range(1, MOST_GROUPS + 1):
-                    asked = config.model_copy(update={"groups": groups})
-                    try:
-                        scheme = tender_scheme(ranges, lengths, asked, _STARTS, centred=centred)
-                    except RecipeError:  # so many could overflow, and so could more
-                        break
-                    if before != (scheme.channels, scheme.powers):  # else there are no more ranges to tell apart
-                        error = float(((rows - restored(scheme, rows)).square().mean(0) * lengths).sum()) / power
-                    before = scheme.channels, scheme.powers
+                errors = _by_groups(ranges, lengths, config, centred)
+                for groups, (scheme, error) in enumerate(errors, start=1):
                     found.append(
                         about
-                        | {"bits": bits, "scales": scales, "groups": groups, "activation_error": error}
+                        | {"bits": bits, "scales": scales, "groups": groups, "activation_error": error / power}
                         | {"weight_error": weight_error, "chosen": scheme.powers[0] == chosen.powers[0]}
                     )
         table = pd.DataFrame(found)
         # More groups than there are ranges are the same scheme: the fewest is what was chosen.
         first = ~table.duplicated(["bits", "scales", "chosen"])
         return table.assign(chosen=table["chosen"] & first)
+
+
+def _by_groups(
+    ranges: InputRanges, lengths: torch.Tensor, config: TenderConfig, centred: bool
+) -> list[tuple[InputScheme, float]]:
+    """Schemes of 1, 2 and more groups, up to where sums could overflow, and the errors of the outputs."""
+    found: list[tuple[InputScheme, float]] = []
+    for groups in range(1, MOST_GROUPS + 1):
+        asked = config.model_copy(update={"groups": groups})
+        try:
+            scheme = tender_scheme(ranges, lengths, asked, _STARTS, centred=centred)
+        except RecipeError:  # so many could overflow, and so could more
+            break
+        before = found[-1][0] if found else None
+        if before is not None and (scheme.channels, scheme.powers) == (before.channels, before.powers):
+            # No channel is smaller still, however many groups follow.
+            return found + [found[-1]] * (MOST_GROUPS + 1 - groups)
+        rows = ranges.rows
+        found.append((scheme, float(((rows - restored(scheme, rows)).square().mean(0) * lengths).sum())))
+    return found
 
 
 def restored(scheme: InputScheme, rows: torch.Tensor) -> torch.Tensor:

@@ -16,7 +16,9 @@ import pandas as pd
 from workbench.analysis.profile import Profile
 from workbench.apply.awq_predict import PredictedUnit
 from workbench.errors import InputError, WorkbenchError
+from workbench.formats.compressed import CompressedModel
 from workbench.models import Architecture
+from workbench.operate.fits import fitted
 from workbench.store import Store
 from workbench.view import outliers_loop
 from workbench.view.outliers_loop import Look
@@ -70,6 +72,11 @@ class OutlierState(SittingState):
     def waiting(self) -> bool:
         """Whether work that is asked for by hand can begin: a prediction under way makes room for it."""
         return self.busy in ("", PREDICTING) and not self.cancelling
+
+    @property
+    def picked(self) -> Protection | Rounding:
+        """What is picked, of the method."""
+        return self.protection if self.method == "awq" else self.rounding
 
     @property
     def picked_name(self) -> str:
@@ -237,6 +244,15 @@ class OutlierSitting(Sitting[OutlierState]):
         state = self._analysed()
         return self._instead(lambda: self._start("Running", lambda: self._run(state)))
 
+    def compress(self) -> Future[CompressedModel]:
+        """Carry out what is picked without measuring it; what was made before is read from the store.
+
+        Raises:
+            InputError: something else is under way, or nothing was analysed yet.
+        """
+        state = self._analysed()
+        return self._instead(lambda: self._start("Compressing", lambda: self._compress(state)))
+
     def _analysed(self) -> OutlierState:
         if self._state.look is None:
             raise InputError("There is nothing to work with yet: analyse the model first.")
@@ -258,6 +274,11 @@ class OutlierSitting(Sitting[OutlierState]):
         self._change(interventions=found)
         return found
 
+    def _compress(self, state: OutlierState) -> CompressedModel:
+        model = self._model()
+        recipe = list(state.picked.recipes(model, self.settings).values())[-1]
+        return fitted(self._store, model, recipe, self._job)
+
     def _run(self, state: OutlierState) -> ChannelTrial:
         model = self._model()
         if state.every_unit is None:  # the prediction was still under way: what is measured is shown beside it
@@ -265,8 +286,7 @@ class OutlierSitting(Sitting[OutlierState]):
             state = replace(state, totals=totals)
             self._change(totals=totals)
         assert state.every_unit is not None
-        picked: Protection | Rounding = state.protection if state.method == "awq" else state.rounding
-        recipes = picked.recipes(model, self.settings)
+        recipes = state.picked.recipes(model, self.settings)
         plain, own = (float(state.every_unit[name].sum()) for name in ("plain", "error"))
         predicted = dict(zip(recipes, (plain, own), strict=True))
         trial = try_recipes(model, recipes, predicted, self.settings, self._store, self._job)

@@ -191,10 +191,12 @@ def group_factors(seen: Look, unit: str, rounding: Rounding, groups: int) -> np.
 def intervene(model: LoadedModel, seen: Look, unit: str, store: Store, job: Job) -> pd.DataFrame:
     """KL to dense with one thing set to zero: a massive activation, and channels of a unit for contrast.
 
+    On the first window of each text.
+
     Returns:
         ``what``, ``site``, ``channel``, ``step`` (-1: all), ``kl`` (nats per token), ``n_tokens``.
     """
-    texts = [window for found in seen.texts.values() for window in found]
+    texts = [found[0] for found in seen.texts.values()]
     # In the order of blocks: what comes before a change need not run again.
     changes = dict(sorted(_changes(seen, unit), key=lambda named: int(named[1].site.split(".")[1])))
     found = analyze(store, Interventions(model, texts, list(changes.values())), job).profile.table

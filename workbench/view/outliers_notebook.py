@@ -232,16 +232,12 @@ class OutlierWorkbench(widgets.VBox):  # type: ignore[misc]
         if state.look is None or state.architecture is None:
             return
         units = [unit.id for unit in state.architecture.units]
-        if list(self._unit.options) != units:
-            with self._unit.hold_trait_notifications():
-                self._unit.options = units
-                self._unit.value = state.unit
+        _fill(self._unit, units, state.unit, self._on_unit)
         starts = state.look.first_steps
         ranges = zip(starts, [*starts[1:], None], strict=True)
-        self._steps.options = [
-            ("all", _ALL_STEPS),
-            *((outliers_panels.steps_name(first, following), first) for first, following in ranges),
-        ]
+        named = [(outliers_panels.steps_name(first, following), first) for first, following in ranges]
+        chosen = _ALL_STEPS if state.first_step is None else state.first_step
+        _fill(self._steps, [("all", _ALL_STEPS), *named], chosen, self._on_steps)
         self._massive.value = outliers_panels.massive(state, self.sitting.decode)
 
     def _draw_profile(self) -> None:
@@ -276,3 +272,10 @@ class OutlierWorkbench(widgets.VBox):  # type: ignore[misc]
                     state.look.groups.table, state.unit, rounding.bits, rounding.scales, state.look.said()
                 )
             )
+
+
+def _fill(menu: Any, options: list[Any], value: Any, listener: Any) -> None:
+    """Give a menu other options. It would choose the first of them by itself, and that would seem chosen by hand."""
+    menu.unobserve(listener, "value")
+    menu.options, menu.value = options, value
+    menu.observe(listener, "value")

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from workbench.apply.awq import AwqConfig
+from workbench.apply.calibration import FEWEST_TOKENS
 from workbench.apply.integer import IntegerConfig
 from workbench.apply.recipe import Recipe
 from workbench.apply.rtn import RtnConfig
@@ -43,8 +44,8 @@ class OutlierSettings(Measuring):
 
     @classmethod
     def quick(cls) -> OutlierSettings:
-        """Seconds of looking, and a fit on a thousand tokens: what stands out shows, and figures are rough."""
-        return cls(look_windows=2, look_length=128, surface_tokens=48, calibration_tokens=1024, pairs=3)
+        """Seconds of looking, and a fit on little text: what stands out shows, and figures are rough."""
+        return cls(look_windows=2, look_length=128, surface_tokens=48, calibration_tokens=FEWEST_TOKENS, pairs=3)
 
 
 @dataclass(frozen=True)
