@@ -152,7 +152,9 @@ def test_a_killed_fit_resumes(tmp_path: Path, folder: Path, expected: tuple[str,
     home = tmp_path / "killed"
     for stage in ("fit nested codes", "learn precision for 4"):
         process = subprocess.Popen(
-            [sys.executable, __file__, str(home), str(folder), stage], stdout=subprocess.PIPE, text=True
+            [sys.executable, __file__, str(home), str(folder), stage, str(torch.get_num_threads())],
+            stdout=subprocess.PIPE,
+            text=True,
         )
         assert process.stdout is not None
         assert process.stdout.readline() == "stopped\n"
@@ -287,7 +289,8 @@ def test_fit_seconds_count_what_interrupted_fits_took(
 
 
 if __name__ == "__main__":
-    where, source, at = sys.argv[1:]
+    where, source, at, threads = sys.argv[1:]
+    torch.set_num_threads(int(threads))  # parts belong to a number of threads, which other tests may have set
 
     def stop(state: JobState) -> None:
         if state.stage.startswith(at) and state.done >= 0.5 * state.total:
