@@ -17,7 +17,7 @@ from workbench.view import panels, plots
 from workbench.view.controller import Controller, State
 from workbench.view.heatmap import StepGrid, grid_figure, step_grid
 from workbench.view.loop import Settings
-from workbench.view.parts import WIDE, Live, Picture, button, html, label, title, widgets
+from workbench.view.parts import WIDE, Live, Picture, RunBar, button, html, title, widgets
 
 _VALUE = "relative_error"
 # Values of the first entries of two menus; None would leave a menu without any entry chosen.
@@ -59,7 +59,7 @@ class SensitivityWorkbench(widgets.VBox):  # type: ignore[misc]
         super().__init__(
             [
                 widgets.HTML(panels.STYLE + panels.heading(str(model))),
-                *self._run_bar,
+                *self._bar.parts,
                 *self._look_parts,
                 *self._pick_parts,
                 *self._result_parts,
@@ -81,30 +81,9 @@ class SensitivityWorkbench(widgets.VBox):  # type: ignore[misc]
     # Parts ---------------------------------------------------------------------------------------------------------
 
     def _make_run(self) -> None:
-        self._analyse = button("Analyse", "wb-analyse", "Look at the model (again)", "search")
-        self._run = button("Run", "wb-run", "Compress with the bits picked, generate, and measure", "play", "primary")
-        self._cancel = button("Cancel", "wb-cancel", "Stop at the next safe point", "stop", "warning")
-        self._analyse.on_click(lambda _: self.controller.analyse())
-        self._run.on_click(lambda _: self.controller.run())
-        self._cancel.on_click(lambda _: self.controller.cancel())
-        self._bar = widgets.FloatProgress(
-            0.0,
-            min=0.0,
-            max=1.0,
-            description="Progress",
-            tooltip="Share of the present step",
-            layout={"width": "320px"},
+        self._bar = RunBar(
+            self.controller, "Look at the model (again)", "Compress with the bits picked, generate, and measure"
         )
-        self._bar.add_class("wb-progress")
-        self._remaining = label("wb-remaining")
-        self._status = html("wb-status")
-        self._run_bar = [
-            widgets.HBox(
-                [self._analyse, self._run, self._cancel, self._bar, self._remaining],
-                layout={"align_items": "center", "flex_flow": "row wrap"},
-            ),
-            self._status,
-        ]
         self._measured = html("wb-measured")
         self._measured.value = panels.measured(None)
         self._latency = Picture("wb-latency")
@@ -220,13 +199,7 @@ class SensitivityWorkbench(widgets.VBox):  # type: ignore[misc]
     def _show(self, state: State) -> None:
         """Bring the widgets to a state, touching only what differs from the one shown before."""
         before, self._shown = self._shown, state
-        idle = not state.busy
-        self._analyse.disabled = not idle
-        self._run.disabled = not idle or state.solution is None
-        self._cancel.disabled = idle or state.cancelling
-        self._bar.value = state.progress.done / state.progress.total if state.progress and state.progress.total else 0.0
-        self._remaining.value = panels.progress(state.progress)
-        self._status.value = panels.status(state)
+        self._bar.show(state, free=not state.busy, ready=state.solution is not None)
         if state.look is not before.look and state.look is not None:
             n_sequences = int(state.look.steps.table["sequence"].max()) + 1
             self._sequence.options = [("all", _ALL_SEQUENCES), *((f"{i}", i) for i in range(n_sequences))]

@@ -12,10 +12,9 @@ from workbench.view import outliers_plots as plots
 from workbench.view.outliers_controller import OutlierSitting, OutlierState
 from workbench.view.outliers_picker import ProtectionPart, RoundingPart
 from workbench.view.outliers_picks import Method, OutlierSettings
-from workbench.view.parts import WIDE, Picture, button, html, label, title, widgets
+from workbench.view.parts import ROW, WIDE, Picture, RunBar, button, html, title, widgets
 
 _ALL_STEPS = -1  # None would leave the menu without any entry chosen
-_ROW = {"flex_flow": "row wrap", "align_items": "center"}
 
 
 class OutlierWorkbench(widgets.VBox):  # type: ignore[misc]
@@ -72,18 +71,7 @@ class OutlierWorkbench(widgets.VBox):  # type: ignore[misc]
     # Parts ---------------------------------------------------------------------------------------------------------
 
     def _make_bar(self) -> None:
-        self._analyse = button("Analyse", "wb-analyse", "Look at all inputs of the model", "search")
-        self._run = button("Run", "wb-run", "Carry out what is picked, and measure it", "play", "primary")
-        self._cancel = button("Cancel", "wb-cancel", "Stop at the next safe point", "stop", "warning")
-        self._analyse.on_click(lambda _: self.sitting.analyse())
-        self._run.on_click(lambda _: self.sitting.run())
-        self._cancel.on_click(lambda _: self.sitting.cancel())
-        self._progress = widgets.FloatProgress(
-            0.0, min=0.0, max=1.0, description="Progress", tooltip="Share of this step", layout={"width": "320px"}
-        )
-        self._progress.add_class("wb-progress")
-        self._remaining = label("wb-remaining")
-        self._status = html("wb-status")
+        self._bar = RunBar(self.sitting, "Look at all inputs of the model", "Carry out what is picked, and measure it")
         self._unit = widgets.Dropdown(
             options=[], description="Unit", tooltip="Whose inputs are shown", layout={"width": "260px"}
         )
@@ -98,9 +86,8 @@ class OutlierWorkbench(widgets.VBox):  # type: ignore[misc]
         self._unit.observe(self._on_unit, "value")
         self._steps.observe(self._on_steps, "value")
         self._bar_parts = [
-            widgets.HBox([self._analyse, self._run, self._cancel, self._progress, self._remaining], layout=_ROW),
-            self._status,
-            widgets.HBox([self._unit, self._steps], layout=_ROW),
+            *self._bar.parts,
+            widgets.HBox([self._unit, self._steps], layout=ROW),
         ]
 
     def _make_look(self) -> None:
@@ -144,7 +131,7 @@ class OutlierWorkbench(widgets.VBox):  # type: ignore[misc]
         self._massive = html("wb-massive")
         self._look_parts = [
             title("Look: the channels of one unit's input"),
-            widgets.HBox([self._order, self._groups], layout=_ROW),
+            widgets.HBox([self._order, self._groups], layout=ROW),
             self._profile,
             self._marked,
             self._scatter,
@@ -197,14 +184,8 @@ class OutlierWorkbench(widgets.VBox):  # type: ignore[misc]
         """Bring the widgets to a state, touching only what differs from the one shown before."""
         before, self._shown = self._shown, state
         # A prediction makes room for what is asked for by hand.
-        free = state.waiting
-        self._analyse.disabled = not free
-        self._run.disabled = self._zero.disabled = not free or state.look is None
-        self._cancel.disabled = not state.busy or state.cancelling
-        share = state.progress.done / state.progress.total if state.progress and state.progress.total else 0.0
-        self._progress.value = share
-        self._remaining.value = panels.progress(state.progress)
-        self._status.value = panels.status(state)
+        self._bar.show(state, free=state.waiting, ready=state.look is not None)
+        self._zero.disabled = not state.waiting or state.look is None
         if state.look is not before.look:
             self._fill_menus(state)
         if state.unit != before.unit and state.unit in self._unit.options:

@@ -6,9 +6,8 @@ from typing import Any
 
 from workbench.view.outliers_controller import OutlierSitting, OutlierState
 from workbench.view.outliers_picks import Protection, Rounding
-from workbench.view.parts import WIDE, widgets
+from workbench.view.parts import ROW, WIDE, widgets
 
-_ROW = {"flex_flow": "row wrap", "align_items": "center"}
 _SEARCH = -1.0  # None would leave a menu without any entry chosen
 _CHOSEN = 0
 
@@ -25,7 +24,7 @@ class _Picker(widgets.VBox):  # type: ignore[misc]
         for field, control in controls.items():
             control.add_class(f"wb-{field.replace('_', '-')}")
             control.observe(lambda change, field=field: self._moved(field, change["new"]), "value")
-        super().__init__([widgets.HBox(list(controls.values()), layout=_ROW)], layout=WIDE)
+        super().__init__([widgets.HBox(list(controls.values()), layout=ROW)], layout=WIDE)
 
     def _moved(self, field: str, value: Any) -> None:
         raise NotImplementedError

@@ -8,6 +8,7 @@ from typing import Any
 
 from workbench.errors import EngineError
 from workbench.view import panels
+from workbench.view.sitting import SittingState
 from workbench.view.style import TEMPLATE
 
 try:
@@ -19,9 +20,10 @@ except ImportError as error:
         f"The notebook's widgets need {error.name}: install them with pip install 'compression-workbench[lab]'."
     ) from error
 
-__all__ = ["WIDE", "Live", "Picture", "button", "go", "html", "label", "title", "widgets"]
+__all__ = ["ROW", "WIDE", "Live", "Picture", "RunBar", "button", "go", "html", "label", "title", "widgets"]
 
 WIDE = {"width": "100%"}
+ROW = {"align_items": "center", "flex_flow": "row wrap"}  # of parts side by side, as many to a line as fit
 
 
 class Picture(widgets.Output):  # type: ignore[misc]
@@ -124,3 +126,53 @@ def label(name: str) -> Any:
 
 def title(text: str) -> Any:
     return widgets.HTML(panels.panel(f"<h3>{text}</h3>"))
+
+
+class RunBar:
+    """Analyse, Run and Cancel, with progress and one line of what happens: the head of every workbench.
+
+    Args:
+        sitting: whose actions the buttons are.
+        look, run: what ``Analyse`` and ``Run`` do, for those who point at them.
+
+    Attributes:
+        parts: widgets, from above.
+    """
+
+    def __init__(self, sitting: Any, look: str, run: str) -> None:
+        self._analyse = button("Analyse", "wb-analyse", look, "search")
+        self._run = button("Run", "wb-run", run, "play", "primary")
+        self._cancel = button("Cancel", "wb-cancel", "Stop at the next safe point", "stop", "warning")
+        self._analyse.on_click(lambda _: sitting.analyse())
+        self._run.on_click(lambda _: sitting.run())
+        self._cancel.on_click(lambda _: sitting.cancel())
+        self._progress = widgets.FloatProgress(
+            0.0,
+            min=0.0,
+            max=1.0,
+            description="Progress",
+            tooltip="Share of the present step",
+            layout={"width": "320px"},
+        )
+        self._progress.add_class("wb-progress")
+        self._remaining = label("wb-remaining")
+        self._status = html("wb-status")
+        buttons = [self._analyse, self._run, self._cancel]
+        self.parts = [widgets.HBox([*buttons, self._progress, self._remaining], layout=ROW), self._status]
+
+    def show(self, state: SittingState, *, free: bool, ready: bool) -> None:
+        """Bring the bar to a state.
+
+        Args:
+            state: of the sitting.
+            free: whether work that is asked for by hand can begin.
+            ready: whether there is something to run with.
+        """
+        self._analyse.disabled = not free
+        self._run.disabled = not free or not ready
+        self._cancel.disabled = not state.busy or state.cancelling
+        self._progress.value = (
+            state.progress.done / state.progress.total if state.progress and state.progress.total else 0.0
+        )
+        self._remaining.value = panels.progress(state.progress)
+        self._status.value = panels.status(state)

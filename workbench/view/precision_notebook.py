@@ -11,7 +11,7 @@ from workbench.store import Store
 from workbench.view import panels, precision_panels
 from workbench.view import precision_plots as plots
 from workbench.view.heatmap import StepGrid
-from workbench.view.parts import WIDE, Live, Picture, button, html, label, title, widgets
+from workbench.view.parts import ROW, WIDE, Live, Picture, RunBar, html, title, widgets
 from workbench.view.precision_controller import PrecisionSitting, PrecisionState
 from workbench.view.precision_loop import PrecisionSettings
 from workbench.view.precision_token_plots import VALUES_OVER_STEPS, autocorrelation_lines, token_bars
@@ -79,18 +79,11 @@ class PrecisionWorkbench(widgets.VBox):  # type: ignore[misc]
     # Parts ---------------------------------------------------------------------------------------------------------
 
     def _make_bar(self) -> None:
-        self._analyse = button("Analyse", "wb-analyse", "Let the model reply at this target, and look at it", "search")
-        self._run = button("Run", "wb-run", "Generate and measure at this target, beside the rivals", "play", "primary")
-        self._cancel = button("Cancel", "wb-cancel", "Stop at the next safe point", "stop", "warning")
-        self._analyse.on_click(lambda _: self.sitting.analyse())
-        self._run.on_click(lambda _: self.sitting.run())
-        self._cancel.on_click(lambda _: self.sitting.cancel())
-        self._progress = widgets.FloatProgress(
-            0.0, min=0.0, max=1.0, description="Progress", tooltip="Share of this step", layout={"width": "320px"}
+        self._bar = RunBar(
+            self.sitting,
+            "Let the model reply at this target, and look at it",
+            "Generate and measure at this target, beside the rivals",
         )
-        self._progress.add_class("wb-progress")
-        self._remaining = label("wb-remaining")
-        self._status = html("wb-status")
         self._target = widgets.FloatSlider(
             self.sitting.state.target,
             min=2.0,
@@ -116,11 +109,9 @@ class PrecisionWorkbench(widgets.VBox):  # type: ignore[misc]
         self._expected = html("wb-expected")
         self._target.observe(self._on_target, "value")
         self._rule.observe(self._on_rule, "value")
-        row = {"align_items": "center", "flex_flow": "row wrap"}
         self._bar_parts = [
-            widgets.HBox([self._analyse, self._run, self._cancel, self._progress, self._remaining], layout=row),
-            self._status,
-            widgets.HBox([self._target, self._rule], layout=row),
+            *self._bar.parts,
+            widgets.HBox([self._target, self._rule], layout=ROW),
             self._expected,
         ]
 
@@ -201,14 +192,7 @@ class PrecisionWorkbench(widgets.VBox):  # type: ignore[misc]
     def _show(self, state: PrecisionState) -> None:
         """Bring the widgets to a state, touching only what differs from the one shown before."""
         before, self._shown = self._shown, state
-        idle = not state.busy
-        self._analyse.disabled = not idle
-        self._run.disabled = not idle or state.cuts is None
-        self._cancel.disabled = idle or state.cancelling
-        share = state.progress.done / state.progress.total if state.progress and state.progress.total else 0.0
-        self._progress.value = share
-        self._remaining.value = panels.progress(state.progress)
-        self._status.value = panels.status(state)
+        self._bar.show(state, free=not state.busy, ready=state.cuts is not None)
         if state.possible != before.possible and state.possible is not None:
             # All at once: a range alone would cut off the value, which would seem to be chosen by hand.
             with self._target.hold_sync(), self._target.hold_trait_notifications():

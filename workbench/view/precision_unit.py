@@ -10,10 +10,8 @@ import pandas as pd
 from workbench.analysis.precision import require_selectors
 from workbench.view import precision_panels
 from workbench.view import precision_plots as plots
-from workbench.view.parts import WIDE, Live, Picture, button, html, title, widgets
+from workbench.view.parts import ROW, WIDE, Live, Picture, button, html, title, widgets
 from workbench.view.precision_controller import PrecisionSitting, PrecisionState
-
-_ROW = {"flex_flow": "row wrap", "align_items": "center"}
 
 
 class UnitPart(widgets.VBox):  # type: ignore[misc]
@@ -58,7 +56,7 @@ class UnitPart(widgets.VBox):  # type: ignore[misc]
         super().__init__(
             [
                 title("One unit: its error, its threshold, its share of wide reads"),
-                widgets.HBox([self.menu, self._threshold, self._reset], layout=_ROW),
+                widgets.HBox([self.menu, self._threshold, self._reset], layout=ROW),
                 self._share,
                 self._steps,
                 self._distribution,

@@ -31,10 +31,6 @@ class ExactChoices:
         plan: DP-LLM's plan for the target, whose pairs of widths are decided between.
         target: average bits.
         weights: float32, by linear and width: filled here, and shared by targets.
-
-    Attributes:
-        factor: of all thresholds. Quantiles of errors on dense activations are low for coarse ones, whose errors are
-            larger, so that exact errors read more than was asked for.
     """
 
     def __init__(
@@ -47,7 +43,7 @@ class ExactChoices:
     ) -> None:
         if compressed.selectors is None:
             raise ValueError("The compressed model has no selectors.")
-        self._model, self.factor = dense, 1.0
+        self._model = dense
         thresholds = error_thresholds(compressed.architecture, compressed.selectors, target)
         pairs = {consumer.target: consumer.widths for consumer in plan.consumers}
         fixed = {d.slot: d.program.values[0] for d in plan.deciders if isinstance(d.program, PositionTable)}
@@ -57,17 +53,20 @@ class ExactChoices:
         ]
 
     def read_as_many(self, bits: float, windows: Sequence[Sequence[int]]) -> None:
-        """Set ``factor`` so that windows read ``bits`` of codes on average, as near as halvings get.
+        """Multiply all thresholds so that windows read ``bits`` of codes on average, as near as halvings get.
 
-        They may be the very windows that are measured: what is compared is how well the same bits are spent.
+        Thresholds are quantiles of errors on dense activations: low for coarse ones, whose errors are larger. Windows
+        may be the very ones that are measured: what is compared is how well the same bits are spent.
         """
         low, high = 1 / _MOST_FACTOR, _MOST_FACTOR
         for _ in range(_HALVINGS):
-            self.factor = math.sqrt(low * high)
+            factor = math.sqrt(low * high)
+            for unit in self._units:
+                unit.factor = factor
             if float(np.mean([self._average(window) for window in windows])) > bits:
-                low = self.factor
+                low = factor
             else:
-                high = self.factor
+                high = factor
 
     def _average(self, tokens: Sequence[int]) -> float:
         self(tokens)
@@ -76,8 +75,6 @@ class ExactChoices:
 
     def __call__(self, tokens: Sequence[int]) -> list[dict[str, Any]]:
         """Decisions for each position of a window."""
-        for unit in self._units:
-            unit.factor = self.factor
         hooks = [hook for unit in self._units for hook in unit.hooks()]
         try:
             with torch.no_grad():
@@ -105,7 +102,7 @@ class _Choice:
         weights: dict[tuple[str, int], torch.Tensor],
     ) -> None:
         self.id, self._threshold, self._fixed, self._widths = unit.id, threshold, fixed, widths
-        self.factor = 1.0
+        self.factor = 1.0  # of the threshold
         self._modules = {linear.id: model.linear_module(linear.id) for linear in unit.linears}
         self._weights = {}
         for linear in unit.linears:
