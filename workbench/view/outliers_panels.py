@@ -103,9 +103,10 @@ def predicted(state: OutlierState) -> str:
         error, plain = every["error"].sum(), every["plain"].sum()
         parts.append(f"all {len(every)} units, added up: <b>{error:.3g}</b> ({_times(error, plain)} of plain rounding)")
     said = " · ".join(parts)
+    source = "channels' mean squares" if state.method == "awq" else "some rows, rounded (scales by chunk: up),"
     return panel(
         f'{said}<div class="wb-note">Expected squared change of the outputs if rounding errors of different channels '
-        "have nothing to do with one another, from channels' mean squares at all steps but the first.</div>"
+        f"have nothing to do with one another, from {source} at all steps but the first.</div>"
     )
 
 
