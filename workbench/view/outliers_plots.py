@@ -73,13 +73,13 @@ def channel_profile(channels: pd.DataFrame, unit: str, said: str, n_groups: int,
         figure.add_annotation(
             x=1,
             xref="paper",
-            xanchor="right",
+            xanchor="left",
+            xshift=4,
             y=np.log10(top),
             yanchor="top",
             text=f"group {group + 1}: {counts[group]}",
             showarrow=False,
             font={"size": 10, "color": GREY},
-            bgcolor="rgba(255,255,255,0.7)",
         )
     shown = rows[["absmax", "mean_abs"]].to_numpy(np.float64)
     ends = log_ends(np.append(shown[shown > 0], largest * 2.0**-n_groups if largest > 0 else 1.0))
@@ -88,10 +88,13 @@ def channel_profile(channels: pd.DataFrame, unit: str, said: str, n_groups: int,
         title={
             "text": f"Input channels of {escape(unit)}",
             "subtitle": {
-                "text": join([f"{len(rows)} channels", f"{int(rows['n_tokens'].max())} of {said}", "log scale"])
+                "text": join(
+                    [f"{len(rows)} channels", f"{int(rows['n_tokens'].max())} tokens seen, of {said}", "log scale"]
+                )
             },
         },
         height=380,
+        margin={"r": 96},
         xaxis={"title": "channels, largest first" if ranked else "channel", "showgrid": False},
         yaxis={"title": "magnitude", "type": "log", "range": ends, **log_ticks(*ends)},
         legend={"y": -0.22},
@@ -141,7 +144,7 @@ def salience_scatter(channels: pd.DataFrame, unit: str, said: str, share: float)
         template=TEMPLATE,
         title={
             "text": f"Which channels of {escape(unit)} matter: by activation and by weight",
-            "subtitle": {"text": join([both, f"{int(channels['n_tokens'].max())} of {said}", fewer])},
+            "subtitle": {"text": join([both, f"{_seen(channels)} tokens seen, of {said}", fewer])},
         },
         height=420,
         xaxis={"title": "mean magnitude of the input", "type": "log", "range": x_ends, **log_ticks(*x_ends)},
@@ -237,3 +240,8 @@ def _pooled(values: np.ndarray, width: int) -> np.ndarray:
     """The largest of every ``width`` neighbouring columns."""
     padded = np.pad(values, ((0, 0), (0, -values.shape[1] % width)))
     return padded.reshape(len(values), -1, width).max(axis=2)
+
+
+def _seen(channels: pd.DataFrame) -> int:
+    """Tokens behind a table of channels."""
+    return int(channels["n_tokens"].max())
