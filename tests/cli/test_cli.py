@@ -17,6 +17,8 @@ import pytest
 
 from workbench.apply import nested, nested_tune
 from workbench.cli import main
+from workbench.errors import ModelError
+from workbench.formats.compressed import CompressedModel
 from workbench.store import Store
 
 
@@ -137,7 +139,6 @@ def test_every_mistake_is_one_line_with_what_to_do(
         (2, "file", ("compress", tiny_folder, "--recipe", good, "--out", tmp_path / "file")),
         (4, "choose another", ("compress", tiny_folder, "--recipe", good, "--out", "/proc/none")),
         (2, "not a compressed model", ("measure", tiny_folder)),
-        (2, "There is no folder", ("measure", tmp_path / "none")),
         (2, "empty", ("generate", tiny_folder, " ")),
         (2, "temperature", ("generate", tiny_folder, "Hi", "--top-p", "0")),
         (5, "No engine 'gpu'", ("generate", tiny_folder, "Hi", "--engine", "gpu")),
@@ -157,6 +158,27 @@ def test_every_mistake_is_one_line_with_what_to_do(
     with Store() as store:
         assert store.verify() == []
     assert not (tmp_path / "o").exists()
+
+
+def test_a_model_that_is_not_there_is_one_error_everywhere(workbench: Callable[..., Any], tmp_path: Path) -> None:
+    good, none, out = recipe_for(tmp_path), tmp_path / "none", tmp_path / "o"
+    for arguments in (
+        ("analyze", "sensitivity", none),
+        ("solve", none, "--bits", "4", "--out", tmp_path / "r.json"),
+        ("compress", none, "--recipe", good, "--out", out),
+        ("generate", none, "Hi"),
+        ("generate", none, "Hi", "--engine", "cpu"),
+        ("generate", none, "Hi", "--width", "4"),
+        ("generate", none, "Hi", "--target", "4"),
+        ("retune", none, "--log", tmp_path / "log.json", "--out", out),
+        ("measure", none),
+        ("demo", "--model", none, "--out", out),
+    ):
+        outcome = workbench(*arguments)
+        assert outcome.line.startswith(f"Error: There is no model '{none}': "), arguments
+        assert outcome.code == 3, arguments
+    with pytest.raises(ModelError, match="There is no model"):
+        CompressedModel.load(none)
 
 
 def test_compress_goes_on_after_an_interruption(

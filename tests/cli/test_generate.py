@@ -96,9 +96,13 @@ def test_what_is_no_compressed_model_is_told_from_what_is_not_there(
         (lambda model: ("measure", model), "measure"),
     )
     for words, name in commands:
-        for model, cause in ((nothing, "There is no folder"), (empty, "no model at all"), (tiny_folder, "dense")):
+        for model, cause, code in (
+            (nothing, "There is no model", 3),
+            (empty, "no model at all", 2),
+            (tiny_folder, "dense", 2),
+        ):
             refused = workbench(*words(model))
-            assert refused.code == 2
+            assert refused.code == code
             assert cause in refused.line
             assert f"{name} reads" in refused.line
             assert ("compress it first" in refused.line) == (cause == "dense")

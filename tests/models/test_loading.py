@@ -182,7 +182,7 @@ def test_wrong_names_are_refused_before_any_connection(monkeypatch, tmp_path, so
 
 
 def test_a_hub_model_without_connection_says_what_was_tried():
-    refused("owner/some-model@v1", r"could not be asked for 'owner/some-model' at revision 'v1'.*smollm2-135m")
+    refused("owner/some-model@v1", r"no model 'owner/some-model' at revision 'v1'.*could not be asked.*smollm2-135m")
 
 
 def test_a_fetched_hub_model_keeps_its_id_and_revision(saved, monkeypatch):

@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from workbench.errors import InputError
+from workbench.errors import InputError, ModelError
+from workbench.models.base import EMBEDDED
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
@@ -32,21 +33,16 @@ def require_compressed(name: str, purpose: str) -> None:
         purpose: what needs one, as the beginning of a sentence: ``--width reads``.
 
     Raises:
-        InputError: a folder that is not there, that holds something else, or a dense model.
+        ModelError: nothing is there, as of any model.
+        InputError: something else is there: a folder of other files, or a dense model.
     """
     from workbench.formats.folder import is_compressed
 
     if is_compressed(name):
         return
     path, needed = Path(name), f"{purpose} a folder that `workbench compress` wrote"
+    if not path.exists() and name != EMBEDDED:
+        raise ModelError(f"There is no model '{name}': {needed}.")
     if path.is_dir() and not (path / "config.json").is_file():
         raise InputError(f"{name} is not a compressed model, it holds no model at all: {needed}.")
-    if not path.exists() and not _embedded(name):
-        raise InputError(f"There is no folder {name}: {needed}.")
     raise InputError(f"{name} is not a compressed model but a dense one: {needed}, so compress it first.")
-
-
-def _embedded(name: str) -> bool:
-    from workbench.models.loading import EMBEDDED
-
-    return name == EMBEDDED

