@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import pkgutil
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -12,26 +14,37 @@ import pytest
 from workbench.errors import CorpusError, InputError, StoreError, WorkbenchError
 from workbench.files import write_json
 from workbench.measure import bench as benches_module
-from workbench.measure.bench import BenchContext, bench, find_bench, run_bench
+from workbench.measure import benches
+from workbench.measure.bench import BENCHES, BenchContext, bench, find_bench, run_bench
 from workbench.measure.rows import ROW_KEYS
 
 
 @pytest.fixture
 def toy(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[BenchContext]]:
     """A bench ``toy``, and the contexts that it was called with."""
-    monkeypatch.setattr(benches_module, "_REGISTRY", dict(benches_module.benches()))
+    monkeypatch.setattr(benches_module, "_REGISTRY", {})
+    for name in ("toy", "wrong-key", "wrong-text"):
+        monkeypatch.setitem(BENCHES, name, "A toy.")
     calls: list[BenchContext] = []
 
     @bench("toy", extra_keys=["extra"])
     def toy(context: BenchContext) -> list[dict[str, object]]:
-        """A toy.
-
-        More about it.
-        """
         calls.append(context)
         return [{"name": "a", "extra": float("nan")}, {"text": context.text and Path(context.text).name}]
 
     return calls
+
+
+def test_every_module_of_a_bench_is_listed_with_what_it_says_of_itself() -> None:
+    for name, what in BENCHES.items():
+        assert (find_bench(name).run.__doc__ or "").partition("\n")[0] == what
+    for module in pkgutil.iter_modules(benches.__path__):
+        import_module(f"{benches.__name__}.{module.name}")  # raises where one registers what is not listed
+
+
+def test_a_bench_that_is_not_listed_cannot_be_registered() -> None:
+    with pytest.raises(ValueError, match="not in BENCHES"):
+        bench("unheard-of")(lambda context: [])
 
 
 def test_rows_get_all_keys_and_the_file_is_strict_json(toy: list[BenchContext], tmp_path: Path) -> None:
@@ -43,7 +56,6 @@ def test_rows_get_all_keys_and_the_file_is_strict_json(toy: list[BenchContext], 
     assert found["environment"]["bench"] == "toy"
     assert toy[0].quick
     assert list(path.parent.iterdir()) == [path]
-    assert find_bench("toy").description == "A toy."
 
 
 def test_inputs_and_outputs_are_checked_before_any_work(toy: list[BenchContext], tmp_path: Path) -> None:

@@ -69,6 +69,13 @@ def show_table(title: str, frame: pd.DataFrame, *, rows: int = 20) -> None:
         say(f"... and {len(frame) - rows} more")
 
 
+def show_facts(facts: Mapping[str, str]) -> None:
+    """Print one line for each fact, its name before it."""
+    width = max((len(name) for name in facts), default=0)
+    for name, words in facts.items():
+        say(f"{name:<{width}}  {words}")
+
+
 def _cell(value: Any) -> str:
     if value is None or value != value:
         return "-"

@@ -32,22 +32,19 @@ def doctor(as_json: Json = False) -> None:
     if as_json:
         console.show_json(found.to_json())
         return
-    _show_facts(found.machine)
+    console.show_facts(_facts(found.machine))
     console.say("")
     for check in found.checks:
         console.say(f"[{'ok' if check.ok else 'missing'}] {check.name}: {check.detail}")
     if found.store_error:
         raise StoreError(found.store_error)
     console.say("")
-    _show_facts(found.store, "store ")
+    console.show_facts(_facts(found.store, "store "))
 
 
-def _show_facts(facts: Mapping[str, Any], prefix: str = "") -> None:
-    """One line for each fact, named as people would; what a fact of several parts is made of stands on one line."""
-    rows = [(prefix + name.replace("_", " "), _in_words(name, value)) for name, value in facts.items()]
-    width = max((len(name) for name, _ in rows), default=0)
-    for name, words in rows:
-        console.say(f"{name:<{width}}  {words}")
+def _facts(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """Facts named as people would; what a fact of several parts is made of stands on one line."""
+    return {prefix + name.replace("_", " "): _in_words(name, value) for name, value in values.items()}
 
 
 def _in_words(name: str, value: Any) -> str:
@@ -73,7 +70,7 @@ def info(as_json: Json = False) -> None:
     if as_json:
         console.show_json(found)
         return
-    _show_facts(found)
+    console.show_facts(_facts(found))
 
 
 def runs(

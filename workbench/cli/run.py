@@ -205,18 +205,18 @@ def bench(
     quiet: Quiet = False,
 ) -> None:
     """Run one bench: all rivals of a claim in one run."""
+    from workbench.measure.bench import BENCHES, check_bench, run_bench
+
+    if name == "list":
+        console.show_facts(BENCHES)
+        return
+    check_bench(name)
     import pandas as pd
 
-    from workbench.measure.bench import benches, run_bench
     from workbench.operate.fits import fitted
     from workbench.operate.jobs import ProfileShelf, analyze
     from workbench.store import Store
 
-    if name == "list":
-        console.show_table(
-            "Benches", pd.DataFrame([(b.name, b.description) for b in benches().values()], columns=["name", "what"])
-        )
-        return
     with Store() as store, console.running(quiet) as job:
         result = run_bench(
             name,

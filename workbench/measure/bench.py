@@ -1,11 +1,11 @@
 """Benches: one per claim, all rivals in one run, rows with the same keys, one JSON file written whole or not at all.
 
-A bench is a function from a ``BenchContext`` to rows, registered by name in a module of ``measure/benches``.
+A bench is a function from a ``BenchContext`` to rows, registered by name in the module of that name in
+``measure/benches``. Names are known without importing any of them, which takes seconds.
 """
 
 from __future__ import annotations
 
-import pkgutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -26,6 +26,19 @@ if TYPE_CHECKING:
     from workbench.models.base import LoadedModel
 
 Rows = list[dict[str, Any]]
+
+# All benches and what they do, the first line of their docstrings.
+BENCHES = {
+    "analysis": "Decoding-step sensitivity over T and 4T teacher-forced steps: dense forward passes per width, and "
+    "peak memory.",
+    "engine": "The cpu engine at every width against transformers, bitsandbytes and llama.cpp, all in turns in one "
+    "process.",
+    "precision": "What widths cost: uniform ones, static mixes, and widths chosen per token, all read from nested "
+    "copies.",
+    "quantization": "Quantizers of weights at 3 and 4 bits, of activations too at 8 and 4: AWQ, GPTQ, Tender, and "
+    "their rivals.",
+    "recipes": "Uniform round-to-nearest at 2 to 8 bits, and solved mixes at the byte budgets of uniform 3 and 4.",
+}
 
 
 def _compute(analysis: Analysis, job: Job) -> Profile:
@@ -73,11 +86,6 @@ class Bench:
     run: Callable[[BenchContext], Rows]
     extra_keys: tuple[str, ...]
 
-    @property
-    def description(self) -> str:
-        """First line of the function's docstring."""
-        return (self.run.__doc__ or "").strip().partition("\n")[0]
-
 
 _REGISTRY: dict[str, Bench] = {}
 
@@ -85,31 +93,29 @@ _REGISTRY: dict[str, Bench] = {}
 def bench(
     name: str, *, extra_keys: Sequence[str] = ()
 ) -> Callable[[Callable[[BenchContext], Rows]], Callable[[BenchContext], Rows]]:
-    """Register a function as a bench."""
+    """Register a function as the bench of a name in ``BENCHES``."""
 
     def register(function: Callable[[BenchContext], Rows]) -> Callable[[BenchContext], Rows]:
-        if name in _REGISTRY:
-            raise ValueError(f"two benches are called '{name}'")
+        if name not in BENCHES or name in _REGISTRY:
+            raise ValueError(f"'{name}' is not in BENCHES, or there are two of it")
         _REGISTRY[name] = Bench(name, function, tuple(extra_keys))
         return function
 
     return register
 
 
-def benches() -> Mapping[str, Bench]:
-    """All benches by name."""
-    package = import_module("workbench.measure.benches")
-    for module in pkgutil.iter_modules(package.__path__):
-        import_module(f"{package.__name__}.{module.name}")
-    return dict(sorted(_REGISTRY.items()))
+def check_bench(name: str) -> None:
+    """Raise ``InputError`` with the nearest name where there is no such bench; nothing is imported for it."""
+    if name not in BENCHES:
+        raise InputError(f"There is no bench '{name}': choose {', '.join(BENCHES)}." + suggest(name, BENCHES))
 
 
 def find_bench(name: str) -> Bench:
-    """Return the bench of that name, or raise ``InputError`` with the nearest one."""
-    known = benches()
-    if name not in known:
-        raise InputError(f"There is no bench '{name}': choose {', '.join(known)}." + suggest(name, known))
-    return known[name]
+    """Return the bench of that name, or raise as ``check_bench``."""
+    check_bench(name)
+    if name not in _REGISTRY:
+        import_module(f"workbench.measure.benches.{name}")
+    return _REGISTRY[name]
 
 
 def run_bench(

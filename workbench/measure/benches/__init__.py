@@ -1,1 +1,1 @@
-"""One module per bench; ``measure/bench.py`` imports them all when benches are asked for."""
+"""One module per bench, named after it; ``measure/bench.py`` imports the one that is asked for."""
