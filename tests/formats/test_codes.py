@@ -12,9 +12,13 @@ from workbench.errors import RecipeError
 from workbench.formats.codes import (
     GroupCodes,
     dequantize,
+    group_ranges,
+    nearest_codes,
     pack,
     packed_bytes,
     quantize_groups,
+    range_grid,
+    rounded,
     stored_bits,
     unpack,
 )
@@ -126,3 +130,23 @@ def test_a_group_may_be_larger_than_the_row_and_need_not_divide_it() -> None:
 def test_what_cannot_be_stored_is_refused(bits: int, group_size: int, weight: torch.Tensor, says: str) -> None:
     with pytest.raises(RecipeError, match=says):
         quantize_groups(weight, bits, group_size)
+
+
+@settings(deadline=None)
+@given(
+    weight=matrices(),
+    bits=WIDTHS,
+    group_size=st.integers(1, 80),
+    symmetric=st.booleans(),
+    share=st.sampled_from([0.5, 1.0]),
+)
+def test_rounding_without_codes_gives_what_the_codes_stand_for(
+    weight: torch.Tensor, bits: int, group_size: int, symmetric: bool, share: float
+) -> None:
+    low, high = group_ranges(weight, group_size)
+    grid = range_grid(low * share, high * share, bits, symmetric)
+    before = weight.clone()
+    assert torch.equal(
+        rounded(weight, *grid, bits, group_size), dequantize(nearest_codes(weight, *grid, bits, group_size))
+    )
+    assert torch.equal(weight, before)

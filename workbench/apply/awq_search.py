@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch.nn import functional
 
-from workbench.formats.codes import GroupCodes, dequantize, group_ranges, nearest_codes, range_grid
+from workbench.formats.codes import GroupCodes, group_ranges, nearest_codes, range_grid, rounded
 
 CLIP_STEPS, CLIP_LEAST = 10, 0.5  # shares of the full range that are tried, as the authors' code does
 _ROWS = 384  # of a unit that scales are judged by: all share them, so a sample says enough and large units end soon
@@ -31,6 +31,10 @@ class Grid:
 
     def nearest(self, weight: torch.Tensor) -> GroupCodes:
         return nearest_codes(weight, self.scales, self.zeros, self.bits, self.group_size)
+
+    def error(self, weight: torch.Tensor) -> torch.Tensor:
+        """What rounding to the nearest point changes, float32 (out, in)."""
+        return rounded(weight, self.scales, self.zeros, self.bits, self.group_size).sub_(weight)
 
 
 @dataclass(frozen=True)
@@ -79,13 +83,14 @@ def clip_shares(
     Returns:
         float32 (out, n_groups), above ``CLIP_LEAST`` and at most 1.
     """
-    blocks = group_moments(moment, min(group_size, weight.shape[1]))
-    low, _ = group_ranges(weight, group_size)
+    size = min(group_size, weight.shape[1])
+    blocks = group_moments(moment, size)
+    low, high = group_ranges(weight, group_size)
     best, chosen = torch.full_like(low, torch.inf), torch.ones_like(low)
     for step in range(CLIP_STEPS):
         share = torch.full_like(low, 1 - (1 - CLIP_LEAST) * step / CLIP_STEPS)
-        grid = make_grid(weight, bits, group_size, symmetric, share)
-        cost = _group_costs(dequantize(grid.nearest(weight)).sub_(weight), blocks)
+        grid = Grid(*range_grid(low * share, high * share, bits, symmetric), bits, size)
+        cost = _group_costs(grid.error(weight), blocks)
         chosen = torch.where(cost < best, share, chosen)
         best = torch.minimum(best, cost)
     return chosen
@@ -231,8 +236,7 @@ def rounding_error(
     """What rounding changes in scaled weights, float32 (out, in); not of a matrix that stays dense."""
     assert matrix.bits is not None
     weight = matrix.weight if scales is None else matrix.weight * scales
-    grid = make_grid(weight, matrix.bits, options.group_size, options.symmetric, shares)
-    return dequantize(grid.nearest(weight)).sub_(weight)
+    return make_grid(weight, matrix.bits, options.group_size, options.symmetric, shares).error(weight)
 
 
 def _error(

@@ -155,6 +155,17 @@ def dequantize(codes: GroupCodes, dtype: torch.dtype = torch.float32) -> torch.T
     return groups.view(out, -1)[:, :width].to(dtype)
 
 
+def rounded(
+    weight: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None, bits: int, group_size: int
+) -> torch.Tensor:
+    """``dequantize(nearest_codes(...))``, the same to the bit, for searches that try many grids and keep no codes."""
+    out, width = weight.shape
+    scale = scales.float().unsqueeze(2)
+    zero = 2 ** (bits - 1) if zeros is None else zeros.float().unsqueeze(2)
+    codes = (_grouped(weight.float(), min(group_size, width)) / scale).round_().add_(zero).clamp_(0, 2**bits - 1)
+    return codes.sub_(zero).mul_(scale).view(out, -1)[:, :width]
+
+
 _RUN = 8  # codes packed at a time: 8 codes of b bits are exactly b bytes, and fit one int64 for b <= 7
 
 
