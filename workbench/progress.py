@@ -25,16 +25,38 @@ class JobState:
     elapsed_s: float
     remaining_s: float | None
 
+    @property
+    def words(self) -> str:
+        """The stage, the share that is done, and the time that remains of it."""
+        share = f"{100 * self.done / self.total:.0f} %" if self.total else ""
+        left = "" if self.remaining_s is None else f", about {duration(self.remaining_s)} left in this step"
+        return f"{self.stage}: {share}{left}"
+
+
+def duration(seconds: float) -> str:
+    """Seconds in words, no finer than anybody can plan with."""
+    if seconds < 90:
+        return f"{max(seconds, 0):.0f} s"
+    if seconds < 5400:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h"
+
 
 class Job:
     """Progress of one piece of work, and the flag that stops it between two steps.
 
     Args:
         listener: called with a ``JobState`` after every change, in the thread that does the work.
+        on_note: called with every ``note``, likewise.
     """
 
-    def __init__(self, listener: Callable[[JobState], None] | None = None) -> None:
+    def __init__(
+        self,
+        listener: Callable[[JobState], None] | None = None,
+        on_note: Callable[[str], None] | None = None,
+    ) -> None:
         self._listener = listener
+        self._on_note = on_note
         self._cancel = threading.Event()
         self._stage, self._done, self._total = "", 0.0, 0.0
         self._share = 0.0
@@ -62,6 +84,11 @@ class Job:
         self._share = share
         self._tell()
         self.check()
+
+    def note(self, text: str) -> None:
+        """Say in one sentence what whoever waits cannot see from the stages, such as what need not be done again."""
+        if self._on_note is not None:
+            self._on_note(text)
 
     def cancel(self) -> None:
         """Ask the work to stop at its next safe point. May be called from any thread."""

@@ -16,7 +16,7 @@ import pandas as pd
 import pytest
 
 from workbench.apply import nested, nested_tune
-from workbench.cli import main
+from workbench.cli import console, main
 from workbench.errors import ModelError
 from workbench.formats.compressed import CompressedModel
 from workbench.store import Store
@@ -201,6 +201,33 @@ def test_compress_goes_on_after_an_interruption(
     assert workbench("compress", tiny_folder, "--recipe", recipe, "--out", tmp_path / "o").code == 0
     with Store() as store:
         assert store.info()["checkpoints"] == 0
+
+
+def test_progress_in_a_log_is_said_now_and_then(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Lines at the beginning of stages and, far enough apart in time, of share and remaining time; not every step."""
+    clock = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    with console.running() as job:
+        job.stage("search", 100)
+        for _ in range(60):
+            clock[0] += 1
+            job.advance()
+        job.stage("tune", 10, done=4)
+        job.note("A note.")
+    assert capsys.readouterr().err.splitlines() == [
+        "search ...",
+        *(f"search: {n} %, about {100 - n} s left in this step ..." for n in (20, 40, 60)),
+        "tune: 40 %, the rest now ...",
+        "A note.",
+    ]
+    with console.running(quiet=True) as job:
+        job.stage("search", 2)
+        clock[0] += 100
+        job.advance()
+        job.note("A note.")
+    assert capsys.readouterr().err == ""
 
 
 def test_impossible_budgets_and_unknown_units_say_what_is_possible(

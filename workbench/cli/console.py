@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import FrameType
@@ -19,6 +20,8 @@ from workbench.progress import Job, JobState
 
 if TYPE_CHECKING:
     import pandas as pd
+
+SAY_EVERY_S = 20.0  # where no bar can be drawn: often enough to see that it works, and no flood of a log
 
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
@@ -91,7 +94,7 @@ def running(quiet: bool = False) -> Iterator[Job]:
     """Yield a job whose stages show as progress bars with the remaining time, and which Ctrl-C cancels.
 
     The first interrupt (or SIGTERM) asks the work to stop at its next safe point; the second stops it at once.
-    Where standard error is not a terminal, each stage prints one line.
+    Where standard error is not a terminal, a line says when a stage begins, and now and then how far it is.
     """
     progress = Progress(
         TextColumn("{task.description}"),
@@ -104,17 +107,22 @@ def running(quiet: bool = False) -> Iterator[Job]:
         disable=quiet or not err.is_terminal,
     )
     tasks: dict[str, Any] = {}
+    said_at = time.monotonic()
 
     def listen(state: JobState) -> None:
+        nonlocal said_at
         if not state.stage or quiet:
             return
+        line = f"{state.words} ..." if time.monotonic() - said_at >= SAY_EVERY_S else ""
         if state.stage not in tasks:
             tasks[state.stage] = progress.add_task(escape(state.stage), total=state.total or None)
-            if not err.is_terminal:
-                err.print(escape(f"{state.stage} ..."))
+            line = f"{state.stage} ..." if not state.done else f"{state.words}, the rest now ..."
         progress.update(tasks[state.stage], completed=state.done, total=state.total or None)
+        if line and not err.is_terminal:
+            tell(line)
+            said_at = time.monotonic()
 
-    job = Job(listen)
+    job = Job(listen, None if quiet else tell)
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         if job.cancelled:

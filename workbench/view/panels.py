@@ -56,20 +56,7 @@ def status(state: SittingState) -> str:
 
 def progress(progress: JobState | None) -> str:
     """Name of the stage, share done, and the time that remains of it."""
-    if progress is None:
-        return ""
-    share = f"{100 * progress.done / progress.total:.0f} %" if progress.total else ""
-    left = "" if progress.remaining_s is None else f", about {duration(progress.remaining_s)} left in this step"
-    return f"{progress.stage}: {share}{left}"
-
-
-def duration(seconds: float) -> str:
-    """Seconds in words, no finer than anybody can plan with."""
-    if seconds < 90:
-        return f"{max(seconds, 0):.0f} s"
-    if seconds < 5400:
-        return f"{seconds / 60:.0f} min"
-    return f"{seconds / 3600:.1f} h"
+    return "" if progress is None else progress.words
 
 
 def prediction(state: State) -> str:
