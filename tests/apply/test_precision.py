@@ -521,7 +521,7 @@ def test_a_fit_goes_on_from_the_one_before(tiny_model: LoadedModel, made: Compre
     start = compress(tiny_model, Recipe.for_model(tiny_model, NESTED))
     again = compress(tiny_model, recipe(tiny_model), start=start)
     assert again.sha256 == made.sha256
-    with pytest.raises(RecipeError, match="not made by this recipe"):
+    with pytest.raises(RecipeError, match="not made of this one"):
         compress(tiny_model, recipe(tiny_model), start=made)
 
 

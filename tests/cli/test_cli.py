@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -198,7 +199,9 @@ def test_compress_goes_on_after_an_interruption(
     assert "Finished parts are kept" in first.err
     assert not (tmp_path / "o").exists()
     monkeypatch.setattr(nested, "fit_matrix", lambda *_: pytest.fail("fitted again"))
-    assert workbench("compress", tiny_folder, "--recipe", recipe, "--out", tmp_path / "o").code == 0
+    done = workbench("compress", tiny_folder, "--recipe", recipe, "--out", tmp_path / "o")
+    assert done.code == 0
+    assert re.search(r"Going on after an interrupted fit of nested: \d+ finished parts kept\.", done.err)
     with Store() as store:
         assert store.info()["checkpoints"] == 0
 

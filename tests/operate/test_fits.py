@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 import signal
 import subprocess
 import sys
@@ -17,16 +18,19 @@ import torch
 from workbench.apply import anyprecision, awq, calibration, gptq, nested, nested_tune, precision
 from workbench.apply.anyprecision import AnyPrecisionConfig
 from workbench.apply.awq import AwqConfig
+from workbench.apply.compress import compress
 from workbench.apply.config import MethodConfig
 from workbench.apply.gptq import GptqConfig
 from workbench.apply.nested import NestedConfig
 from workbench.apply.parts import Parts
 from workbench.apply.precision_config import PrecisionConfig
-from workbench.apply.recipe import Recipe
-from workbench.errors import Cancelled
+from workbench.apply.recipe import Identity, Recipe
+from workbench.apply.rtn import RtnConfig
+from workbench.errors import Cancelled, RecipeError
+from workbench.formats.compressed import CompressedModel
 from workbench.formats.encodings import Groups
 from workbench.models import LoadedModel, load
-from workbench.operate.fits import compress_into, fitted, parts_key
+from workbench.operate.fits import compress_into, fit_folder, fitted, parts_key
 from workbench.progress import Job, JobState
 from workbench.store import Store
 
@@ -214,21 +218,91 @@ def test_other_fits_resume_too(
     assert store.info()["checkpoints"] == 0
 
 
-def test_a_whole_recipe_into_a_folder_resumes(
+def test_a_whole_recipe_into_a_folder_resumes_and_says_so(
     store: Store, folder: Path, tmp_path: Path, expected: tuple[str, Counter[str]]
 ) -> None:
-    """Where methods before the last are not stored as models, their parts last until the folder is written."""
     model = load(str(folder))
     recipe = Recipe.for_model(model, NESTED, DYNAMIC)
     with pytest.raises(Cancelled):
         compress_into(store, model, recipe, tmp_path / "out", job=cancel_at("measure gains from 3 to 5", 0.1))
-    assert store.info()["checkpoints"] == 2
+    assert store.info()["checkpoints"] == 1
     assert not (tmp_path / "out").exists()
+    notes: list[str] = []
     with counted() as calls:
-        made = compress_into(store, load(str(folder)), recipe, tmp_path / "out")
+        made = compress_into(store, load(str(folder)), recipe, tmp_path / "out", job=Job(on_note=notes.append))
     assert made.sha256 == expected[0]
+    stored, parts = notes
+    assert stored == "Going on from the stored fit of nested."
+    assert re.fullmatch(r"Going on after an interrupted fit of dynamic-precision: \d+ finished parts kept\.", parts)
     assert calls == Counter({"token_gains": 1, "learn_precision": 2})
     assert store.info()["checkpoints"] == 0
+
+
+AWQ = AwqConfig(bits=3, group_size=16, calibration_tokens=512, joint=False, alpha_steps=4)
+GPTQ = GptqConfig(calibration_tokens=512)
+
+
+def hand_written(*methods: MethodConfig) -> Recipe:
+    return Recipe(model="by hand", methods=methods)
+
+
+def test_a_method_that_is_added_goes_on_from_what_is_stored(
+    store: Store, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever fitted what stands before it, and however the recipe says it: the bytes are those of one whole fit."""
+    recipe = hand_written(AWQ, GPTQ)
+    whole = compress(load(str(folder)), recipe)
+    compress_into(store, load(str(folder)), hand_written(AWQ), tmp_path / "awq")
+    monkeypatch.setattr(awq, "search_unit", lambda *_: pytest.fail("searched again"))
+    notes: list[str] = []
+    made = compress_into(store, load(str(folder)), recipe, tmp_path / "both", job=Job(on_note=notes.append))
+    assert notes == ["Going on from the stored fit of awq."]
+    assert made.sha256 == whole.sha256
+    assert made.recipe == recipe.model_dump(mode="json")
+    assert CompressedModel.load(tmp_path / "both").sha256 == whole.sha256
+    model = load(str(folder))
+    assert fitted(store, model, Recipe.for_model(model, AWQ, GPTQ)).linears.keys() == made.linears.keys()
+    monkeypatch.setattr(gptq, "_codes", lambda *_: pytest.fail("compensated again"))
+    again = compress_into(store, load(str(folder)), recipe, tmp_path / "again", job=Job(on_note=notes.append))
+    assert again.sha256 == whole.sha256
+    assert "nothing is computed again" in notes[-1]
+
+
+def test_a_recipe_for_another_model_does_not_find_a_stored_fit(store: Store, folder: Path, tmp_path: Path) -> None:
+    model = load(str(folder))
+    compress_into(store, model, hand_written(AWQ), tmp_path / "awq")
+    foreign = Identity(architecture=model.fingerprint.architecture, weights="0" * 64)
+    other = hand_written(AWQ).model_copy(update={"fingerprint": foreign})
+    with pytest.raises(RecipeError, match="other weights"):
+        compress_into(store, model, other, tmp_path / "other")
+    made = compress_into(store, model, other, tmp_path / "other", allow_other_weights=True)
+    assert made.recipe["fingerprint"]["weights"] == "0" * 64
+
+
+def test_a_stored_fit_of_an_older_version_of_a_method_is_not_taken(
+    store: Store, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = load(str(folder))
+    old = fit_folder(store, model, Recipe.for_model(model, AWQ))
+    monkeypatch.setattr(AwqConfig, "version", 2)
+    assert fit_folder(store, model, Recipe.for_model(model, AWQ)) != old
+
+
+def test_a_damaged_stored_fit_is_made_again(
+    store: Store, folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, recipe = load(str(folder)), hand_written(AWQ)
+    made = compress_into(store, model, recipe, tmp_path / "first")
+    stored = fit_folder(store, model, Recipe.for_model(model, AWQ)) / "weights.safetensors"
+    stored.write_bytes(stored.read_bytes()[:-1] + b"\0\0")
+    assert compress_into(store, model, recipe, tmp_path / "second").sha256 == made.sha256
+    assert "damaged" in caplog.text
+    CompressedModel.load(stored.parent)
+
+
+def test_what_takes_seconds_is_not_stored(store: Store, folder: Path, tmp_path: Path) -> None:
+    compress_into(store, load(str(folder)), hand_written(RtnConfig(group_size=16)), tmp_path / "rtn")
+    assert store.info()["compressed_models"] == 0
 
 
 def test_what_the_parts_depend_on_is_in_their_name(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

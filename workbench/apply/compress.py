@@ -37,7 +37,7 @@ def compress(
         recipe: what to do.
         job: progress in weights encoded; cancels between two matrices.
         allow_other_weights: use a recipe that was written for other weights of this architecture.
-        start: what the recipe without its last method gave, to go on from.
+        start: what the methods before the last gave for this model and seed, to go on from.
         keep: where the fit of the last method of a recipe keeps its finished parts, asked for every method in turn
             with the recipe up to it; a fit that finds parts there goes on after them. None keeps nothing.
 
@@ -49,11 +49,14 @@ def compress(
     recipe.check_model(model, allow_other_weights=allow_other_weights)
     job = job or Job()
     started = time.perf_counter()
+    identity = Identity(architecture=model.fingerprint.architecture, weights=model.fingerprint.weights)
     draft, before = Draft(model), 0.0
     first = 0
     if start is not None:
-        if start.recipe != recipe.without_last().model_dump(mode="json"):
-            raise RecipeError("The model to start from was not made by this recipe without its last method.")
+        before_last = recipe.without_last().model_dump(mode="json")
+        same = all(start.recipe[key] == before_last[key] for key in ("methods", "seed"))
+        if not same or start.base.fingerprint != identity:
+            raise RecipeError("The model to start from was not made of this one by the methods before the last.")
         folded = Folded.of(model, start.input_scales)
         draft = Draft(model, dict(start.linears), start.embedding, start.output, start.selectors, folded)
         before, first = start.fit_seconds or 0.0, len(recipe.methods) - 1
@@ -71,7 +74,7 @@ def compress(
         base=Base(
             name=model.name,
             source=model.source,
-            fingerprint=Identity(architecture=model.fingerprint.architecture, weights=model.fingerprint.weights),
+            fingerprint=identity,
             bos=model.bos,
             stop_tokens=list(model.stop_tokens),
         ),

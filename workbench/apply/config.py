@@ -98,6 +98,11 @@ class MethodConfig(Strict):
         """What tables call it."""
         return self.method
 
+    @property
+    def learns(self) -> bool:
+        """Whether it is fitted on text, which takes minutes; any other method takes seconds."""
+        return "calibration_tokens" in type(self).model_fields
+
 
 def explain(error: ValidationError, model: type[BaseModel]) -> str:
     """Return one line for a failed validation: the field, its value, what is allowed, and the nearest valid choice."""

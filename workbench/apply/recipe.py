@@ -209,6 +209,11 @@ class Recipe(Strict):
         named = [m.label for m in self.methods if m.stage != "precision"]
         return "+".join(named if named[0] != "rtn" else named[1:])  # plain rounding is what the others correct
 
+    @property
+    def learns(self) -> bool:
+        """Whether anything is fitted on text."""
+        return any(method.learns for method in self.methods)
+
     def up_to(self, index: int) -> Self:
         """Return the recipe of the methods up to the one at an index, that one included."""
         return self.model_copy(update={"methods": self.methods[: index + 1]})

@@ -100,6 +100,10 @@ class Checkpoint:
             except FileNotFoundError:
                 return
 
+    def __len__(self) -> int:
+        """How many parts are kept; whether they are undamaged is seen when they are read."""
+        return len(list(self._folder.glob("*")))
+
     def problems(self) -> list[str]:
         """Return one line for each damaged part."""
         return [
