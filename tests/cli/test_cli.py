@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -204,6 +205,26 @@ def test_compress_goes_on_after_an_interruption(
     assert re.search(r"Going on after an interrupted fit of nested: \d+ finished parts kept\.", done.err)
     with Store() as store:
         assert store.info()["checkpoints"] == 0
+
+
+def test_compress_says_what_was_asked_how_long_it_took_and_what_comes_next(
+    workbench: Callable[..., Any], tiny_folder: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "a name with spaces"
+    plain = workbench("compress", tiny_folder, "--recipe", recipe_for(tmp_path), "--out", folder)
+    assert plain.code == 0, plain.err
+    assert "none" not in plain.out  # no budget, so nothing of it
+    assert re.search(r"^Time of the fit: \d+ s\.$", plain.out, re.MULTILINE)
+    following = [shlex.split(line)[-3:] for line in plain.out.splitlines() if "workbench generate" in line]
+    assert following == [["generate", str(folder), "Why is the sky blue?"]]
+    assert f"Next: workbench measure '{folder}'" in plain.out
+
+    solved = tmp_path / "solved.json"
+    assert workbench("solve", tiny_folder, "--bits", "7", "--out", solved).code == 0
+    assert (
+        "(asked for: 7 average bits)"
+        in workbench("compress", tiny_folder, "--recipe", solved, "--out", folder, "--overwrite").out
+    )
 
 
 def test_progress_in_a_log_is_said_now_and_then(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -57,6 +58,17 @@ def test_a_nested_model_is_read_at_a_width(workbench: Command, tiny_folder: Path
     refused = workbench("generate", folder, *asked, "--target", "4")
     assert refused.code == 2
     assert "dynamic-precision" in refused.err
+
+
+def test_the_command_that_compress_names_next_runs(workbench: Command, tiny_folder: Path, tmp_path: Path) -> None:
+    recipe = tmp_path / "dynamic.json"
+    chosen = {"method": "dynamic-precision", "targets": [], "calibration_tokens": 1024}
+    recipe.write_text(json.dumps({"model": "any", "methods": [NESTED.model_dump(mode="json"), chosen]}))
+    done = workbench("compress", tiny_folder, "--recipe", recipe, "--out", tmp_path / "small")
+    (line,) = (line for line in done.out.splitlines() if "workbench generate" in line)
+    _, *words = shlex.split(line)
+    assert words[-2:] == ["--target", "3.5"]
+    assert workbench(*words, "--new-tokens", "4").code == 0
 
 
 def test_a_target_of_average_bits_is_chosen_when_generating(workbench: Command, dynamic: Path) -> None:

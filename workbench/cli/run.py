@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,8 +11,10 @@ import typer
 from workbench.cli import console
 from workbench.cli.options import EngineName, Json, ModelName, Quiet, Threads, require_compressed, require_text
 from workbench.files import check_folder, check_output_file, write_json
+from workbench.progress import duration
 
 if TYPE_CHECKING:
+    from workbench.formats.compressed import CompressedModel
     from workbench.progress import Job
 
 
@@ -96,14 +99,27 @@ def compress(
     if as_json:
         console.show_json(facts)
         return
-    target = chosen.solution.budget if chosen.solution is not None else "none"
+    asked = f" (asked for: {chosen.solution.budget})" if chosen.solution is not None else ""
     console.say(
-        f"Effective bits: {compressed.effective_bits:.4f} (budget: {target}); output layer: "
-        f"{compressed.output_bits:.3f} bits."
+        f"Effective bits: {compressed.effective_bits:.4f}{asked}; output layer: {compressed.output_bits:.3f} bits."
     )
     share = compressed.weight_bytes / dense.dense_bytes
     console.say(f"Weights on disk: {compressed.weight_bytes:,} bytes, {share:.1%} of dense ({dense.dense_bytes:,}).")
+    if compressed.fit_seconds is not None:
+        console.say(f"Time of the fit: {duration(compressed.fit_seconds)}.")
     console.say(f"Written: {folder}")
+    console.say(f"Next: workbench measure {shlex.quote(str(out))}")
+    console.say(f'      workbench generate {shlex.quote(str(out))} "Why is the sky blue?"{_width_choice(compressed)}')
+
+
+def _width_choice(compressed: CompressedModel) -> str:
+    """What ``generate`` is told of a model that chooses widths while running: the middle of what may be asked for."""
+    if compressed.selectors is None:
+        return ""
+    from workbench.runtime.precision import target_range
+
+    low, high = target_range(compressed.architecture, compressed.selectors)
+    return f" --target {(low + high) / 2:.1f}"
 
 
 def measure(
