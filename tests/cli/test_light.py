@@ -25,13 +25,15 @@ finally:
     [
         (("bench", "list"), 0, "quantization"),
         (("bench", "recipe"), 2, "Did you mean 'recipes'"),
+        (("compress", "smollm2-135m", "--recipe", "recipe.json", "--out", "o"), 2, "Did you mean 'awq'"),
         (("measure", "no-such-folder"), 3, "There is no model"),
     ],
-    ids=["benches", "bad-bench", "missing-model"],
+    ids=["benches", "bad-bench", "bad-recipe", "missing-model"],
 )
 def test_an_answer_without_work_imports_nothing_heavy(
     words: tuple[str, ...], code: int, says: str, tmp_path: Path
 ) -> None:
+    (tmp_path / "recipe.json").write_text(json.dumps({"model": "any", "methods": [{"method": "awk"}]}))
     done = subprocess.run(
         [sys.executable, "-c", CODE, *words], capture_output=True, text=True, check=False, cwd=tmp_path
     )

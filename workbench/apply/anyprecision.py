@@ -8,18 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Literal
 
 import torch
-from pydantic import Field
 from torch import nn
 from torch.nn import functional
 
 from workbench.analysis.damage import Gradients
 from workbench.analysis.divergence import half_products
 from workbench.apply.anyprecision_fit import fit_tables
-from workbench.apply.calibration import FEWEST_TOKENS, calibration_windows, check_finite
-from workbench.apply.config import Bits, MethodConfig, Whole, Widths
+from workbench.apply.calibration import calibration_windows, check_finite
+from workbench.apply.configs import AnyPrecisionConfig as AnyPrecisionConfig
 from workbench.apply.draft import Draft
 from workbench.apply.registry import register
 from workbench.apply.workers import side_by_side
@@ -29,22 +27,6 @@ from workbench.models.base import Linear, LoadedModel
 from workbench.progress import Job
 
 _OUTPUT_GROUP = 64  # input channels per scale of the embedding and the output layer
-
-
-class AnyPrecisionConfig(MethodConfig):
-    """Code every linear by clustering its rows, so that the top bits of one parent code are codes at fewer bits.
-
-    Attributes:
-        widths: bits that the model may be read at, ascending; the last is the parent's. Each stores a table of
-            2^width fp16 values per output row.
-        calibration_tokens: how much text is sampled for the importance of weights.
-        output_bits: width of the embedding and the output layer, which are rounded to groups and not nested.
-    """
-
-    method: Literal["nested-anyprecision"] = "nested-anyprecision"
-    widths: Widths = (3, 4, 5, 6)
-    calibration_tokens: Annotated[Whole, Field(ge=FEWEST_TOKENS)] = 13824
-    output_bits: Bits = 8
 
 
 @dataclass(frozen=True)

@@ -13,20 +13,18 @@ by tied scales; a clipped range keeps its own zero point.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Literal
 
 import torch
-from pydantic import Field, StrictBool
 
 from workbench.apply.awq_search import Found, Matrix, Options, make_grid, search_unit
-from workbench.apply.calibration import Calibrated, calibration_windows, check_finite
-from workbench.apply.config import GroupSize, Whole
+from workbench.apply.calibration import calibration_windows, check_finite
+from workbench.apply.configs import AwqConfig as AwqConfig
 from workbench.apply.draft import Draft
 from workbench.apply.folding import find_fold
 from workbench.apply.moments import Inputs, input_moments
 from workbench.apply.parts import Parts
 from workbench.apply.registry import register
-from workbench.apply.rtn import GridConfig, linear_bits
+from workbench.apply.rtn import linear_bits
 from workbench.apply.workers import side_by_side
 from workbench.corpus import TextRecord
 from workbench.formats.encodings import DENSE_BITS, Dense, Encoding, Groups
@@ -36,39 +34,17 @@ from workbench.progress import Job
 _UNCLIPPED = ("q", "k", "qkv")  # the error of a product of the two is not that of either
 
 
-class AwqConfig(GridConfig, Calibrated):
-    """Scale input channels by their activations, clip ranges, and round to the nearest group codes.
-
-    Attributes:
-        scale: search scales; off leaves the clipping alone.
-        alpha: exponent of the scales of every unit, 0 to 1, instead of a search.
-        alpha_steps: exponents tried, 0 up to but not 1, as in the paper.
-        weight_factor: divide ``activation^alpha`` by ``weight^(1 - alpha)``.
-        clip: search clipped ranges, of all linears but q and k.
-        joint: judge each scale by its error after clipping, and not before; costs ten times the search.
-    """
-
-    method: Literal["awq"] = "awq"
-    group_size: GroupSize = 64
-    scale: StrictBool = True
-    alpha: Annotated[float, Field(ge=0, le=1)] | None = None
-    alpha_steps: Annotated[Whole, Field(ge=1, le=100)] = 20
-    weight_factor: StrictBool = False
-    clip: StrictBool = True
-    joint: StrictBool = True
-
-    @property
-    def options(self) -> Options:
-        """Of the search of every unit."""
-        return Options(
-            self.group_size,
-            self.symmetric,
-            self.alpha_steps,
-            self.weight_factor,
-            self.clip,
-            self.joint,
-            self.alpha,
-        )
+def search_options(config: AwqConfig) -> Options:
+    """How every unit is searched."""
+    return Options(
+        config.group_size,
+        config.symmetric,
+        config.alpha_steps,
+        config.weight_factor,
+        config.clip,
+        config.joint,
+        config.alpha,
+    )
 
 
 @dataclass(frozen=True)
@@ -112,7 +88,9 @@ class Awq:
             unit, moment, magnitude = inputs
             fold = find_fold(model.architecture, unit) if config.scale else None
             matrices = [matrix_of(linear, draft.weight(linear.path), bits[linear.id]) for linear in unit.linears]
-            made = search_unit(matrices, moment, magnitude, config.options, fold.tie if fold else None, job.check)
+            made = search_unit(
+                matrices, moment, magnitude, search_options(config), fold.tie if fold else None, job.check
+            )
             _keep(draft.parts, unit, made)
             return made
 

@@ -2,54 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
-
-from pydantic import AfterValidator, Field, StrictBool
-
-from workbench.apply.config import Bits, MethodConfig, Whole
+from workbench.apply.configs import BnbInt8Config as BnbInt8Config
+from workbench.apply.configs import BnbNf4Config as BnbNf4Config
 from workbench.apply.draft import Draft
 from workbench.apply.registry import register
-from workbench.formats.bnb import BLOCK_SIZES, Int8, Nf4, bitsandbytes, check_nf4_blocks
+from workbench.formats.bnb import Int8, Nf4, bitsandbytes, check_nf4_blocks
 from workbench.progress import Job
 
 _OUTPUT_GROUP = 64  # of the embedding and the output layer, which bitsandbytes itself leaves dense
-
-
-def _block_size(value: int) -> int:
-    if value not in BLOCK_SIZES:
-        nearest = min(BLOCK_SIZES, key=lambda size: abs(size - value))
-        raise ValueError(f"allowed are {', '.join(map(str, BLOCK_SIZES))}; nearest is {nearest}")
-    return value
-
-
-class BnbNf4Config(MethodConfig):
-    """4-bit NormalFloat codes of bitsandbytes for all linears of the blocks.
-
-    Attributes:
-        block_size: weights per scale; must divide the rows of every linear.
-        double_quant: store the scales in 8 bits.
-        output_bits: width of the embedding and the output layer in group codes; 16 leaves them as bitsandbytes does.
-    """
-
-    method: Literal["bnb-nf4"] = "bnb-nf4"
-    block_size: Annotated[Whole, AfterValidator(_block_size)] = 64
-    double_quant: StrictBool = False
-    output_bits: Bits = 8
-
-
-class BnbInt8Config(MethodConfig):
-    """int8 weights and activations of bitsandbytes (LLM.int8()) for all linears of the blocks.
-
-    Attributes:
-        threshold: input channels that hold an activation beyond it are multiplied in full precision; 0 for none. The
-            library's own default is 6. It looks for them in all tokens of one call at once, so with a threshold above
-            0 a later token can change the output of an earlier one; that is why it is off here.
-        output_bits: as for ``BnbNf4Config``.
-    """
-
-    method: Literal["bnb-int8"] = "bnb-int8"
-    threshold: Annotated[float, Field(ge=0)] = 0.0
-    output_bits: Bits = 8
 
 
 @register(BnbNf4Config)

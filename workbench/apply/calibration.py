@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
-
 import torch
-from pydantic import Field
 
-from workbench.apply.config import Strict, Whole
+from workbench.apply.configs import BATCH, SHORTEST
+from workbench.apply.configs import FEWEST_TOKENS as FEWEST_TOKENS
+from workbench.apply.configs import Calibrated as Calibrated
+from workbench.apply.configs import CalibrationText as CalibrationText
 from workbench.apply.parts import Parts
 from workbench.corpus import Split, TextRecord, open_text, windows
 from workbench.errors import CorpusError, RecipeError
@@ -15,24 +15,6 @@ from workbench.models.base import LoadedModel
 from workbench.progress import Job
 
 _WINDOW, _SAMPLED = 512, 576  # tokens; text encoded again can come out shorter than it was sampled
-_SHORTEST = 64  # tokens of a sampled document: shorter ones have few tokens with a past
-_BATCH = 8  # documents that are sampled together
-FEWEST_TOKENS = _BATCH * _SHORTEST  # that calibration windows are made of
-
-CalibrationText = Literal["self", "prose", "pydoc"]
-
-
-class Calibrated(Strict):
-    """What methods share that learn from text of the user's choice.
-
-    Attributes:
-        calibration: the text, ``self`` being sampled from the model. The others are one domain each, and what is
-            fitted on them looks better on them than it is.
-        calibration_tokens: how much of it, at least.
-    """
-
-    calibration: CalibrationText = "self"
-    calibration_tokens: Annotated[Whole, Field(ge=FEWEST_TOKENS)] = 27648
 
 
 def check_finite(model: LoadedModel, way_out: str | None = None) -> None:
@@ -90,7 +72,7 @@ def _sampled(
     if kept is not None:
         return [tuple(window) for window in kept.tensors["windows"].tolist()], TextRecord.model_validate(kept.facts)
     # Documents as long as the tokens allow in one batch, and shorter than the context by what a start takes.
-    length = min(_SAMPLED, model.architecture.context_length - 8, -(-n_tokens // _BATCH))
+    length = min(_SAMPLED, model.architecture.context_length - 8, -(-n_tokens // BATCH))
     corpus = open_text("self", split, model=model, n_tokens=n_tokens, seed=seed, length=length, job=job)
     found = [window.tokens for window in windows(corpus, model, max(2, length * _WINDOW // _SAMPLED))]
     record = corpus.record(sum(map(len, found)))
@@ -109,7 +91,7 @@ def _windows_of(
             found = windows(corpus, model, length, limit=-(-n_tokens // length), seed=seed)
         except CorpusError:
             found = []
-        if len(found) * length >= n_tokens or length // 2 < _SHORTEST:
+        if len(found) * length >= n_tokens or length // 2 < SHORTEST:
             break
         length //= 2
     if not found:

@@ -7,7 +7,18 @@ from collections.abc import Callable
 
 import torch
 
-from workbench.apply import precision as precision  # registers itself
+from workbench.apply import anyprecision as anyprecision  # these modules' methods register themselves
+from workbench.apply import awq as awq
+from workbench.apply import bnb as bnb
+from workbench.apply import gguf as gguf
+from workbench.apply import gptq as gptq
+from workbench.apply import integer as integer
+from workbench.apply import nested as nested
+from workbench.apply import precision as precision
+from workbench.apply import rtn as rtn
+from workbench.apply import salient as salient
+from workbench.apply import tender as tender
+from workbench.apply import tune as tune
 from workbench.apply.draft import Draft, n_weights
 from workbench.apply.folding import Folded
 from workbench.apply.parts import Parts, Place

@@ -10,8 +10,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from pydantic_core import ErrorDetails
 
 from workbench.errors import RecipeError, suggest
-from workbench.formats.codes import MAX_BITS, MIN_BITS
-from workbench.formats.encodings import DENSE_BITS
+from workbench.formats.limits import DENSE_BITS, MAX_BITS, MIN_BITS
 
 WIDTHS = (*range(MIN_BITS, MAX_BITS + 1), DENSE_BITS)
 

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import numpy as np
 import torch
 
-from workbench.apply.config import MethodConfig
+from workbench.apply.configs import GgufConfig as GgufConfig
 from workbench.apply.draft import Draft
 from workbench.apply.registry import register
 from workbench.errors import RecipeError
@@ -18,12 +16,6 @@ from workbench.models.gguf_codes import StoredCodes, read_codes
 from workbench.models.gguf_header import read_header
 from workbench.models.loading import gguf_file
 from workbench.progress import Job
-
-
-class GgufConfig(MethodConfig):
-    """Keep the codes of the GGUF file that the model was loaded from. Floating-point matrices become bf16."""
-
-    method: Literal["gguf"] = "gguf"
 
 
 @register(GgufConfig)

@@ -13,16 +13,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, Literal
 
 import torch
-from pydantic import Field, StrictBool
 from torch import nn
 
 from workbench.analysis.blocks import BlockStates
-from workbench.apply.calibration import Calibrated, calibration_windows, check_finite
+from workbench.apply.calibration import calibration_windows, check_finite
 from workbench.apply.compensate import damped
-from workbench.apply.config import MethodConfig
+from workbench.apply.configs import GptqConfig as GptqConfig
 from workbench.apply.draft import Draft
 from workbench.apply.gptq_fit import Target, compensated
 from workbench.apply.registry import register
@@ -33,32 +31,6 @@ from workbench.formats.codes import GroupCodes, dequantize
 from workbench.formats.encodings import Encoding, Groups
 from workbench.models.base import Linear, LoadedModel, Unit
 from workbench.progress import Job
-
-
-class GptqConfig(MethodConfig, Calibrated):
-    """Choose the codes of stored group codes anew by error compensation.
-
-    Attributes:
-        asymmetric: GPTAQ: also make up for what the units before have done to the inputs.
-        drift: how much of that, 0 to 1. The moments come from little text, and all of it follows that text too far.
-        act_order: round columns of strong inputs first, and not from left to right.
-        damping: added to the diagonal of the moments, as a share of its mean.
-        refit: solve the scales anew for the codes, by least squares. Clipped ranges and zero points stay.
-    """
-
-    stage: ClassVar[Literal["weights", "codes", "precision"]] = "codes"
-    grid: ClassVar[bool] = True
-
-    method: Literal["gptq"] = "gptq"
-    asymmetric: StrictBool = False
-    drift: Annotated[float, Field(gt=0, le=1)] = 0.5
-    act_order: StrictBool = True
-    damping: Annotated[float, Field(gt=0, le=10)] = 0.2
-    refit: StrictBool = False
-
-    @property
-    def label(self) -> str:
-        return "gptaq" if self.asymmetric else "gptq"
 
 
 @dataclass(frozen=True)

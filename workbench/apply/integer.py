@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Annotated, Literal
 
 import torch
-from pydantic import Field
 
-from workbench.apply.calibration import FEWEST_TOKENS, calibration_windows, check_finite
-from workbench.apply.config import Bits, GroupSize, MethodConfig, Whole
+from workbench.apply.calibration import calibration_windows, check_finite
+from workbench.apply.configs import Activations as Activations
+from workbench.apply.configs import IntegerConfig as IntegerConfig
 from workbench.apply.draft import Draft
 from workbench.apply.input_ranges import InputRanges, input_ranges
 from workbench.apply.registry import register
-from workbench.apply.tender import FittedInputs, IntegerBits, Scales, TenderConfig, fit_tender
+from workbench.apply.tender import FittedInputs, TenderConfig, fit_tender
 from workbench.formats.codes import quantize_groups
 from workbench.formats.hadamard import Rotation
 from workbench.formats.integer import Integer, SimulatedInteger
@@ -21,47 +20,8 @@ from workbench.formats.integers import InputScheme
 from workbench.models.base import Linear, Unit
 from workbench.progress import Job
 
-Activations = Literal["per-tensor", "per-token", "per-channel", "smoothquant", "plain-groups", "requantize", "rotation"]
 CALIBRATED = ("per-tensor", "per-channel", "smoothquant", "requantize")
 _TINY = 2.0**-100  # a step of inputs that are always zero
-
-
-class IntegerConfig(MethodConfig):
-    """Round weights and activations to integers.
-
-    Attributes:
-        activations: what shares a scale.
-            ``per-tensor``: everything that enters a unit, calibrated.
-            ``per-token``: a row, by its own range.
-            ``per-channel``: a channel, calibrated. *Simulated*: such scales do not factor out of integer sums.
-            ``smoothquant``: a row, after channels were divided by ``s = max|x|^a / max|w|^(1-a)`` and the weights
-            multiplied (Xiao et al. 2023, section 4).
-            ``plain-groups``: ``group_size`` neighbouring channels of a row, weights likewise.
-            ``requantize``: Tender's groups with every group's sum scaled by itself: what its shift replaces.
-            ``rotation``: a row, after a random Hadamard rotation (as QuaRot, Ashkboos et al. 2024; of every unit's
-            input by itself, where QuaRot folds most of them into the weights before).
-        bits: of the weights, 8 or 4; symmetric, rounded to nearest, one scale per output channel but for
-            ``plain-groups``.
-        activation_bits: of the activations, 8 or 4.
-        group_size: of ``plain-groups``.
-        smoothing: a of ``smoothquant``, 0 to 1: how much of the range is moved into the weights.
-        clip: share of a row's range that is kept, for ``per-token``, ``smoothquant`` and ``rotation``. None is 1, and
-            0.9 for a rotation at 4 bits, as QuaRot has it.
-        scales: of ``requantize``, as in ``TenderConfig``.
-        calibration_tokens: how much text is sampled from the model, where ranges are calibrated.
-        output_bits: of the embedding and the output layer, which are group codes.
-    """
-
-    method: Literal["integer"] = "integer"
-    activations: Activations
-    bits: IntegerBits = 8
-    activation_bits: IntegerBits = 8
-    group_size: GroupSize = 64
-    smoothing: Annotated[float, Field(ge=0, le=1)] = 0.5
-    clip: Annotated[float, Field(gt=0, le=1)] | None = None
-    scales: Scales = "token"
-    calibration_tokens: Annotated[Whole, Field(ge=FEWEST_TOKENS)] = 13824
-    output_bits: Bits = 8
 
 
 def static_scheme(ranges: InputRanges, bits: int) -> InputScheme:

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Annotated, Literal
 
 import torch
-from pydantic import Field
 
-from workbench.apply.calibration import FEWEST_TOKENS, calibration_windows, check_finite
-from workbench.apply.config import Bits, MethodConfig, Whole, Widths
+from workbench.apply.calibration import calibration_windows, check_finite
+from workbench.apply.configs import NestedConfig as NestedConfig
 from workbench.apply.draft import Draft
 from workbench.apply.moments import input_moments
 from workbench.apply.nested_fit import fit_matrix, round_matrix
@@ -26,29 +24,6 @@ from workbench.progress import Job
 # Damping of the moments, as a share of their mean power: the more, the fewer calibration tokens there are per channel
 # and the heavier the tails of the inputs. Found on SmolLM2-135M, on other text than is sampled here.
 _DAMPING: dict[UnitKind, float] = {"qkv": 0.1, "o": 0.2, "gate_up": 0.25, "down": 0.3}
-
-
-class NestedConfig(MethodConfig):
-    """Code every linear so that the top bits of one parent code are good weights at each of several widths.
-
-    Attributes:
-        widths: bits that the model may be read at, ascending; the last is the parent's. One alone gives the codes
-            that this quantizer chooses where nothing has to nest.
-        group_size: input channels per scale. At least 8: scales are solved for together, all of a row.
-        fit: ``compensated`` chooses codes against the activations on text sampled from the model
-            (``apply.nested_fit``); ``rounded`` looks at the weights alone and takes seconds.
-        calibration_tokens: how much text is sampled.
-        tune_steps: steps of tuning the scales of each width up to 4 bits against the dense model; 0 is none.
-        output_bits: width of the embedding and the output layer, which are not nested.
-    """
-
-    method: Literal["nested"] = "nested"
-    widths: Widths = (3, 4, 5, 6)
-    group_size: Annotated[Whole, Field(ge=8)] = 64
-    fit: Literal["compensated", "rounded"] = "compensated"
-    calibration_tokens: Annotated[Whole, Field(ge=FEWEST_TOKENS)] = 13824
-    tune_steps: Annotated[Whole, Field(ge=0)] = 8
-    output_bits: Bits = 8
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,8 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import AfterValidator, Field
 
-from workbench.apply.calibration import FEWEST_TOKENS
 from workbench.apply.config import MethodConfig, Whole
-from workbench.apply.nested import NestedConfig
+from workbench.apply.configs import FEWEST_TOKENS, NestedConfig
 from workbench.errors import RecipeError
 
 

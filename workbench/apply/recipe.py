@@ -11,20 +11,23 @@ from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import BeforeValidator, Field, field_validator
 
-from workbench.analysis.profile import TextRecord
-from workbench.apply.anyprecision import AnyPrecisionConfig
-from workbench.apply.awq import AwqConfig
-from workbench.apply.bnb import BnbInt8Config, BnbNf4Config
 from workbench.apply.config import MethodConfig, Strict, Whole
-from workbench.apply.gguf import GgufConfig
-from workbench.apply.gptq import GptqConfig
-from workbench.apply.integer import IntegerConfig
-from workbench.apply.nested import NestedConfig
+from workbench.apply.configs import (
+    AnyPrecisionConfig,
+    AwqConfig,
+    BnbInt8Config,
+    BnbNf4Config,
+    GgufConfig,
+    GptqConfig,
+    IntegerConfig,
+    NestedConfig,
+    RtnConfig,
+    SalientConfig,
+    TenderConfig,
+    TuneConfig,
+)
 from workbench.apply.precision_config import PrecisionConfig, check_widths
-from workbench.apply.rtn import RtnConfig
-from workbench.apply.salient import SalientConfig
-from workbench.apply.tender import TenderConfig
-from workbench.apply.tune import TuneConfig
+from workbench.corpus import TextRecord
 from workbench.errors import InputError, RecipeError
 from workbench.files import check_output_file, write_whole
 from workbench.formats.manifest import Sha256

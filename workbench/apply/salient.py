@@ -9,13 +9,11 @@ kernels that mix codes and 16-bit columns.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, Literal
 
 import torch
-from pydantic import Field
 
-from workbench.apply.calibration import Calibrated, calibration_windows, check_finite
-from workbench.apply.config import MethodConfig
+from workbench.apply.calibration import calibration_windows, check_finite
+from workbench.apply.configs import SalientConfig as SalientConfig
 from workbench.apply.draft import Draft
 from workbench.apply.moments import input_magnitudes
 from workbench.apply.registry import register
@@ -25,22 +23,6 @@ from workbench.formats.encodings import Groups
 from workbench.formats.salient import Salient
 from workbench.models.base import Unit
 from workbench.progress import Job
-
-
-class SalientConfig(MethodConfig, Calibrated):
-    """Keep the top share of each unit's input channels in bf16, beside stored group codes.
-
-    Attributes:
-        share: of the channels, 0 to 1; at least one channel is kept.
-        by: what makes a channel salient: the mean magnitude of its ``activation``, the norm of the ``weight`` column
-            over the unit's linears, or nothing (``random``).
-    """
-
-    stage: ClassVar[Literal["weights", "codes", "precision"]] = "codes"
-
-    method: Literal["salient"] = "salient"
-    share: Annotated[float, Field(gt=0, le=1)] = 0.01
-    by: Literal["activation", "weight", "random"] = "activation"
 
 
 @dataclass(frozen=True)

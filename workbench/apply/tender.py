@@ -18,14 +18,15 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Annotated, Literal
 
 import torch
-from pydantic import Field
 
 from workbench.analysis.outliers import power_of_two_groups
-from workbench.apply.calibration import FEWEST_TOKENS, calibration_windows, check_finite
-from workbench.apply.config import Bits, MethodConfig, Whole
+from workbench.apply.calibration import calibration_windows, check_finite
+from workbench.apply.configs import MOST_GROUPS as MOST_GROUPS
+from workbench.apply.configs import IntegerBits as IntegerBits
+from workbench.apply.configs import Scales as Scales
+from workbench.apply.configs import TenderConfig as TenderConfig
 from workbench.apply.draft import Draft
 from workbench.apply.input_ranges import InputRanges, input_ranges
 from workbench.apply.registry import register
@@ -37,40 +38,8 @@ from workbench.formats.integers import MOST, InputScheme
 from workbench.models.base import Linear, LoadedModel, Unit
 from workbench.progress import Job
 
-Scales = Literal["token", "chunk"]
-IntegerBits = Literal[4, 8]
-MOST_GROUPS = 12
 _GAIN = 0.02  # share of the predicted error that one more group has to take off: each costs a shift of every sum
 _JUDGES = 2  # calibration windows on which round-up and round-down are compared; the paper takes one
-
-
-class TenderConfig(MethodConfig):
-    """Round weights and activations to integers, activations in groups of channels at powers of two.
-
-    Attributes:
-        bits: of the weights, 8 or 4; symmetric, one scale per output channel, rounded to nearest.
-        activation_bits: of the activations, 8 or 4.
-        scales: ``token`` or ``chunk``, see above.
-        groups: of channels, at most; None chooses a number for each unit from what its inputs' ranges predict.
-        chunk_tokens: positions that share a calibrated scale.
-        rounding: of ``chunk``: ``up`` (no calibrated input is clamped), ``down`` (every group takes the scale below:
-            finer, and clamps), or ``auto``: whichever makes calibration text likelier.
-        bias: channels' middles are subtracted ahead of rounding: ``norms`` for inputs that come from a norm (the
-            paper's choice), ``none``, or ``auto``: the first with scales by ``chunk``, the second by ``token``.
-        calibration_tokens: how much text is sampled from the model.
-        output_bits: of the embedding and the output layer, which are group codes.
-    """
-
-    method: Literal["tender"] = "tender"
-    bits: IntegerBits = 8
-    activation_bits: IntegerBits = 8
-    scales: Scales = "token"
-    groups: Annotated[Whole, Field(ge=1, le=MOST_GROUPS)] | None = None
-    chunk_tokens: Annotated[Whole, Field(ge=1)] = 256
-    rounding: Literal["auto", "up", "down"] = "auto"
-    bias: Literal["auto", "norms", "none"] = "auto"
-    calibration_tokens: Annotated[Whole, Field(ge=FEWEST_TOKENS)] = 13824
-    output_bits: Bits = 8
 
 
 # Pure functions -------------------------------------------------------------------------------------------------------

@@ -9,14 +9,12 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, replace
-from typing import Annotated, ClassVar, Literal
 
 import torch
-from pydantic import Field
 
 from workbench.analysis.divergence import dense_states
-from workbench.apply.calibration import Calibrated, calibration_windows, check_finite
-from workbench.apply.config import MethodConfig, Whole
+from workbench.apply.calibration import calibration_windows, check_finite
+from workbench.apply.configs import TuneConfig as TuneConfig
 from workbench.apply.draft import Draft
 from workbench.apply.registry import register
 from workbench.apply.scale_tune import NotFinite, Scales, by_group, tune, tuning_rate
@@ -26,20 +24,6 @@ from workbench.formats.codes import GroupCodes
 from workbench.formats.encodings import Groups
 from workbench.models.base import LoadedModel
 from workbench.progress import Job
-
-
-class TuneConfig(MethodConfig, Calibrated):
-    """Tune the scales of stored group codes against the dense model.
-
-    Attributes:
-        steps: of Adam, each on one window of text.
-    """
-
-    stage: ClassVar[Literal["weights", "codes", "precision"]] = "codes"
-    grid: ClassVar[bool] = True
-
-    method: Literal["tune"] = "tune"
-    steps: Annotated[Whole, Field(ge=1)] = 24
 
 
 @dataclass(frozen=True)

@@ -15,11 +15,11 @@ from torch import nn
 
 from workbench.errors import EngineError, IntegrityError
 from workbench.formats.encodings import Encoding, Tensors, meta_shape, meta_value, register_encoding, take
+from workbench.formats.limits import BLOCK_SIZES
 
 if TYPE_CHECKING:
     from types import ModuleType
 
-BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)  # those that bitsandbytes has 4-bit kernels for
 _NESTED_BLOCK = 256  # block size of the statistics' own statistics, fixed inside bitsandbytes
 _PACKED_ROWS = 32  # rows that its AVX512-BF16 kernel interleaves
 

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 import torch
 
 from workbench.errors import RecipeError
+from workbench.formats.limits import MAX_BITS as MAX_BITS
+from workbench.formats.limits import MIN_BITS as MIN_BITS
 
-MIN_BITS, MAX_BITS = 2, 8
 SCALE_BITS = 16  # scales are stored as fp16
 _FP16_TINY = 2.0**-24  # smallest positive fp16: a scale is never zero
 _FP16_MAX = 65504.0

@@ -15,8 +15,6 @@ from torch import nn
 
 from workbench.errors import EngineError, IntegrityError, suggest
 from workbench.formats.codes import (
-    MAX_BITS,
-    MIN_BITS,
     GroupCodes,
     dequantize,
     pack,
@@ -24,9 +22,10 @@ from workbench.formats.codes import (
     quantize_groups,
     unpack,
 )
+from workbench.formats.limits import DENSE_BITS as DENSE_BITS
+from workbench.formats.limits import MAX_BITS, MIN_BITS
 
 ALL_ENGINES = ("reference", "cpu", "cuda")
-DENSE_BITS = 16  # a dense matrix is bf16 on disk
 
 Tensors = Mapping[str, torch.Tensor]
 T = TypeVar("T")
