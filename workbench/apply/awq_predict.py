@@ -89,13 +89,14 @@ def predict_unit(
     few = [(linear, weight[::stride].to("cpu", torch.float32)) for linear, weight in full]
     matrices = [matrix_of(linear, weight, config.bits) for linear, weight in few]
     fold = find_fold(model.architecture, unit) if config.scale else None
-    found = search_unit(matrices, inputs.square, inputs.magnitude, search_options(config), fold.tie if fold else None)
+    options = search_options(config)
+    found = search_unit(matrices, inputs.square, inputs.magnitude, options, fold.tie if fold else None)
     power = float((torch.stack([m.weight.square().sum(0) for m in matrices]).sum(0) * inputs.square).sum())
     power = power or 1.0  # inputs that are always zero: nothing is lost
     channels = torch.zeros(width)
     for matrix, shares in zip(matrices, found.shares, strict=True):
         if matrix.bits is not None:
-            channels += rounding_error(matrix, found.scales, search_options(config), shares).square().sum(0)
+            channels += rounding_error(matrix, found.scales, options, shares).square().sum(0)
     channels *= scaled_moment(inputs.square, found.scales) / power
     kept = torch.zeros(0, dtype=torch.int64)
     if protected is not None:

@@ -87,11 +87,7 @@ def channel_profile(channels: pd.DataFrame, unit: str, said: str, n_groups: int,
         template=TEMPLATE,
         title={
             "text": f"Input channels of {escape(unit)}",
-            "subtitle": {
-                "text": join(
-                    [f"{len(rows)} channels", f"{int(rows['n_tokens'].max())} tokens seen, of {said}", "log scale"]
-                )
-            },
+            "subtitle": {"text": join([f"{len(rows)} channels", f"{_seen(rows)} tokens seen, of {said}", "log scale"])},
         },
         height=380,
         margin={"r": 96},
