@@ -354,9 +354,20 @@ def test_named_texts_give_windows_of_one_length_from_their_own_split(tiny_model:
 # The module whose error counts ----------------------------------------------------------------------------------------
 
 
+def entering(model: LoadedModel, module: torch.nn.Module, windows: list[tuple[int, ...]]) -> list[torch.Tensor]:
+    """What a module is called with, window by window."""
+    seen: list[torch.Tensor] = []
+    hook = module.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    with torch.no_grad():
+        for window in windows:
+            model.module.base_model(input_ids=torch.tensor([window]), use_cache=False)
+    hook.remove()
+    return seen
+
+
 @pytest.mark.parametrize("family", ["llama", "phi3", "gemma3_text", "opt"])
 def test_judges_run_the_module_with_other_weights(family: str, make_model: Callable[..., LoadedModel]) -> None:
-    """Nothing for dense weights; else what the module's output, taken by hand, differs by; and the model is as it was."""
+    """Dense weights change nothing, others what the module's output taken by hand says; the model stays as it was."""
     model = make_model(family)
     windows = [tuple(range(3 + i, 35 + i)) for i in range(4)]
     before = {name: tensor.clone() for name, tensor in model.module.state_dict().items()}
@@ -371,12 +382,8 @@ def test_judges_run_the_module_with_other_weights(family: str, make_model: Calla
         assert judge(weights) == pytest.approx(0, abs=1e-9)
         assert judge([weight * 1.1 for weight in weights]) > 0
         if unit.id == "blocks.0.gate_up" and family == "llama":
-            seen: list[torch.Tensor] = []
-            hook = model.block(0).mlp.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+            seen = entering(model, model.block(0).mlp, windows)
             with torch.no_grad():
-                for window in windows:
-                    model.module.base_model(input_ids=torch.tensor([window]), use_cache=False)
-                hook.remove()
                 gate, up = (weight * 1.1 for weight in weights)
                 down = model.block(0).mlp.down_proj.weight
                 inner = [(torch.nn.functional.silu(x @ w.T), x @ u.T) for x in seen for w, u in ((gate, up), weights)]
