@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from workbench.apply.awq import AwqConfig
+from workbench.apply.awq_judge import ModuleJudges
 from workbench.apply.awq_search import (
     CLIP_LEAST,
     Matrix,
@@ -348,3 +349,65 @@ def test_named_texts_give_windows_of_one_length_from_their_own_split(tiny_model:
     assert sum(map(len, tokens)) >= 4096
     assert len({len(window) for window in tokens}) == 1
     assert (record.name, record.split) == (text, "calibration")
+
+
+# The module whose error counts ----------------------------------------------------------------------------------------
+
+
+def entering(model: LoadedModel, module: torch.nn.Module, windows: list[tuple[int, ...]]) -> list[torch.Tensor]:
+    """What a module is called with, window by window."""
+    seen: list[torch.Tensor] = []
+    hook = module.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    with torch.no_grad():
+        for window in windows:
+            model.module.base_model(input_ids=torch.tensor([window]), use_cache=False)
+    hook.remove()
+    return seen
+
+
+@pytest.mark.parametrize("family", ["llama", "phi3", "gemma3_text", "opt"])
+def test_judges_run_the_module_with_other_weights(family: str, make_model: Callable[..., LoadedModel]) -> None:
+    """Dense weights change nothing, others what the module's output taken by hand says; the model stays as it was."""
+    model = make_model(family)
+    windows = [tuple(range(3 + i, 35 + i)) for i in range(4)]
+    before = {name: tensor.clone() for name, tensor in model.module.state_dict().items()}
+    judges = ModuleJudges(model, windows)
+    for unit in model.architecture.units:
+        judge = judges.judge(unit)
+        if unit.kind in ("o", "down") or (family == "opt" and unit.kind == "gate_up"):
+            assert judge is None
+            continue
+        assert judge is not None
+        weights = [model.linear_module(linear.id).weight.detach() for linear in unit.linears]
+        assert judge(weights) == pytest.approx(0, abs=1e-9)
+        assert judge([weight * 1.1 for weight in weights]) > 0
+        if unit.id == "blocks.0.gate_up" and family == "llama":
+            seen = entering(model, model.block(0).mlp, windows)
+            with torch.no_grad():
+                gate, up = (weight * 1.1 for weight in weights)
+                down = model.block(0).mlp.down_proj.weight
+                inner = [(torch.nn.functional.silu(x @ w.T), x @ u.T) for x in seen for w, u in ((gate, up), weights)]
+                out = [(g * u) @ down.T for g, u in inner]
+                wanted = sum(float((a - b).square().sum()) for a, b in zip(out[::2], out[1::2], strict=True))
+            assert judge([gate, up]) == pytest.approx(wanted, rel=0.02)  # inputs come through products in bf16
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.module.state_dict().items())
+
+
+def test_scales_judged_by_the_module_are_better_for_it(make_model: Callable[..., LoadedModel]) -> None:
+    model = make_model("llama")
+    tokens, _ = calibration_windows(model, 512, 0, Job())
+    errors: dict[str, dict[str, float]] = {}
+    for judged in ("module", "unit"):
+        compressed = made(model, judge=judged)
+        rebuilt = to_model(compressed)
+        judges = ModuleJudges(model, tokens)
+        for unit in model.architecture.units:
+            judge = judges.judge(unit)
+            if judge is not None:
+                scales = compressed.input_scales.get(unit.id)
+                weights = [rebuilt.linear_module(linear.id).weight.detach() for linear in unit.linears]
+                if scales is not None:
+                    weights = [weight / scales for weight in weights]
+                errors.setdefault(unit.id, {})[judged] = judge(weights)
+    assert errors
+    assert sum(e["module"] for e in errors.values()) < sum(e["unit"] for e in errors.values())

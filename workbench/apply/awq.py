@@ -5,9 +5,9 @@ Scales are folded into what comes before (``apply.folding``), so that the result
 in the same kernels at the same speed. What is stored is rounded to nearest; ``gptq`` may follow and choose the codes
 anew on this grid.
 
-What differs from the authors' code: the error of a unit is that of its linears' outputs by their second moment
-(``apply.awq_search``), not that of the whole attention or MLP on a few tokens; ``o`` is scaled with grouped heads too,
-by tied scales; a clipped range keeps its own zero point.
+Scales of q, k, v and of gate, up are judged by the output of the attention and the MLP that they are in
+(``apply.awq_judge``), those of o and down by their own outputs. What differs from the authors' code: scales are judged
+after clipping; ``o`` is scaled with grouped heads too, by tied scales; a clipped range keeps its own zero point.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from dataclasses import dataclass
 
 import torch
 
-from workbench.apply.awq_search import Found, Matrix, Options, make_grid, search_unit
+from workbench.apply.awq_judge import ModuleJudges
+from workbench.apply.awq_search import Found, Judge, Matrix, Options, make_grid, search_unit
 from workbench.apply.calibration import calibration_windows, check_finite
 from workbench.apply.configs import AwqConfig as AwqConfig
 from workbench.apply.draft import Draft
@@ -83,14 +84,15 @@ class Awq:
             model, config.calibration_tokens, seed, job, text=config.calibration, parts=draft.parts
         )
 
-        def search(inputs: Inputs) -> Found:
+        judges = ModuleJudges(model, tokens) if config.scale and config.judge == "module" else None
+
+        def search(inputs: Inputs, judge: Judge | None) -> Found:
             job.check()
             unit, moment, magnitude = inputs
             fold = find_fold(model.architecture, unit) if config.scale else None
             matrices = [matrix_of(linear, draft.weight(linear.path), bits[linear.id]) for linear in unit.linears]
-            made = search_unit(
-                matrices, moment, magnitude, search_options(config), fold.tie if fold else None, job.check
-            )
+            tie = fold.tie if fold else None
+            made = search_unit(matrices, moment, magnitude, search_options(config), tie, job.check, judge)
             _keep(draft.parts, unit, made)
             return made
 
@@ -102,7 +104,9 @@ class Awq:
         for inputs in input_moments(model, tokens, job, missing):
             job.stage("search scales and ranges", total, done)
             with side_by_side() as pool:
-                running = [(one.unit, pool.submit(search, one)) for one in inputs]
+                running = [
+                    (one.unit, pool.submit(search, one, judges.judge(one.unit) if judges else None)) for one in inputs
+                ]
                 inputs.clear()
                 for unit, future in running:
                     found[unit.id] = future.result()

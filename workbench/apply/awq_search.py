@@ -163,6 +163,10 @@ class Options:
     alpha: float | None = None
 
 
+# Squared error of a module's output with other weights (out, in), one for each linear of a unit.
+Judge = Callable[[Sequence[torch.Tensor]], float]
+
+
 @dataclass(frozen=True)
 class Found:
     """What the search of a unit found.
@@ -171,7 +175,7 @@ class Found:
         scales: of its inputs, float32 (in,); None where they stay as they are.
         alpha: the exponent behind them, None without scales.
         shares: of each linear's ranges, float32 (out, n_groups), None where they are not clipped.
-        error: of the unit's outputs, in the search's own measure.
+        error: of the unit's outputs, in the search's own measure (whatever judged the scales).
         before: the same with neither scales nor clipping.
     """
 
@@ -189,6 +193,7 @@ def search_unit(
     options: Options,
     tie: Callable[[torch.Tensor], torch.Tensor] | None,
     check: Callable[[], None] = lambda: None,
+    judge: Judge | None = None,
 ) -> Found:
     """Find the input scales, then the clipped ranges, of the linears of one unit.
 
@@ -200,25 +205,41 @@ def search_unit(
         options: of the search.
         tie: makes scales such that they can be folded away (``Fold.tie``); None where nothing takes them.
         check: called between two tries; may raise.
+        judge: what scales are judged by in place of the unit's own outputs. As it costs more, every second exponent is
+            tried, and then the neighbours of the best.
     """
     joint = options.clip and options.joint
     before, _ = _error(matrices, moment, None, options, False)
     scales, alpha = None, None
     if tie is not None:
+        weights = [m.weight for m in matrices if m.bits is not None]
+        factor = weight_magnitude(weights, options.group_size) if options.weight_factor and weights else None
         stride = max(1, sum(len(m.weight) for m in matrices) // _ROWS)  # one for all, so that each keeps its part
         few = [replace(m, weight=m.weight[::stride]) for m in matrices]
-        weights = [m.weight for m in few if m.bits is not None]
-        factor = weight_magnitude(weights, options.group_size) if options.weight_factor and weights else None
-        exponents = [step / options.alpha_steps for step in range(options.alpha_steps)]
-        best, _ = _error(few, moment, None, options, joint)
-        if options.alpha is not None:
-            exponents, best = [options.alpha], math.inf
-        for exponent in exponents:
+
+        def measured(scales: torch.Tensor | None) -> float:
             check()
-            tried = tie(input_scales(magnitude, exponent, factor))
-            error, _ = _error(few, moment, tried, options, joint)
-            if error < best:
-                best, scales, alpha = error, tried, exponent
+            if judge is None:
+                return _error(few, moment, scales, options, joint)[0]
+            return judge(_changed(matrices, moment, scales, options, joint))
+
+        def tried(step: int) -> float:
+            if step not in errors:
+                errors[step] = measured(tie(input_scales(magnitude, exponents[step], factor)))
+            return errors[step]
+
+        errors: dict[int, float] = {}
+        if options.alpha is not None:
+            exponents, none = [options.alpha], math.inf
+        else:
+            exponents, none = [step / options.alpha_steps for step in range(options.alpha_steps)], measured(None)
+        stride = 1 if judge is None else 2
+        best = min(range(0, len(exponents), stride), key=tried)
+        if stride > 1:
+            best = min((step for step in (best, best - 1, best + 1) if 0 <= step < len(exponents)), key=tried)
+        if errors[best] < none:
+            alpha = exponents[best]
+            scales = tie(input_scales(magnitude, alpha, factor))
     error, shares = _error(matrices, moment, scales, options, options.clip)
     return Found(scales, alpha, shares, error, before)
 
@@ -237,6 +258,24 @@ def rounding_error(
     assert matrix.bits is not None
     weight = matrix.weight if scales is None else matrix.weight * scales
     return make_grid(weight, matrix.bits, options.group_size, options.symmetric, shares).error(weight)
+
+
+def _changed(
+    matrices: Sequence[Matrix], moment: torch.Tensor, scales: torch.Tensor | None, options: Options, clip: bool
+) -> list[torch.Tensor]:
+    """What the weights of scaled inputs are once rounded, for inputs as they were, float32 (out, in) each."""
+    moment = scaled_moment(moment, scales)
+    found = []
+    for matrix in matrices:
+        weight = matrix.weight if scales is None else matrix.weight * scales
+        if matrix.bits is not None:
+            share = None
+            if clip and matrix.clip:
+                share = clip_shares(weight, moment, matrix.bits, options.group_size, options.symmetric)
+            grid = make_grid(weight, matrix.bits, options.group_size, options.symmetric, share)
+            weight = weight + grid.error(weight)
+        found.append(weight if scales is None else weight / scales)
+    return found
 
 
 def _error(

@@ -68,7 +68,11 @@ class AwqConfig(GridConfig, Calibrated):
         weight_factor: divide ``activation^alpha`` by ``weight^(1 - alpha)``.
         clip: search clipped ranges, of all linears but q and k.
         joint: judge each scale by its error after clipping, and not before; costs ten times the search.
+        judge: whose output error scales are judged by: of the ``module`` that the unit is in (attention or MLP, run on
+            2,048 tokens at every try), or of the ``unit`` itself, which is quicker and worse.
     """
+
+    version: ClassVar[int] = 2
 
     method: Literal["awq"] = "awq"
     group_size: GroupSize = 64
@@ -78,6 +82,7 @@ class AwqConfig(GridConfig, Calibrated):
     weight_factor: StrictBool = False
     clip: StrictBool = True
     joint: StrictBool = True
+    judge: Literal["module", "unit"] = "module"
 
 
 class GptqConfig(MethodConfig, Calibrated):

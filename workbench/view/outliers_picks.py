@@ -68,7 +68,7 @@ class Protection:
     by: Literal["activation", "weight", "random"] = "activation"
 
     def awq(self, calibration_tokens: int) -> AwqConfig:
-        """The method that stores the weights. Scales are judged before clipping: a tenth of the work of ``joint``.
+        """The method that stores the weights. Scales are judged as the prediction does, by the unit and before clipping.
 
         Raises:
             RecipeError: a value that is not possible.
@@ -79,6 +79,7 @@ class Protection:
             alpha=self.alpha,
             clip=self.clip,
             joint=False,
+            judge="unit",
             calibration_tokens=calibration_tokens,
         )
 
