@@ -38,9 +38,40 @@ ByteOrder::ByteOrder(std::vector<std::int32_t> order) : n(static_cast<int>(order
     }
   }
   first.push_back(static_cast<std::int32_t>(parts.size()));
+  for (std::size_t begin = 0; begin < from.size(); begin += 16) {
+    first16.push_back(static_cast<std::int32_t>(sixteens.size()));
+    for (std::size_t i = begin; i < std::min(begin + 16, from.size()); ++i) {
+      const auto started = sixteens.begin() + first16.back();
+      const auto part = std::find(started, sixteens.end(), from[i] / 16) - sixteens.begin();
+      if (static_cast<std::size_t>(part) == sixteens.size()) {
+        sixteens.push_back(from[i] / 16);
+        shuffles.resize(shuffles.size() + 16, 0x80);
+      }
+      shuffles[16 * static_cast<std::size_t>(part) + i - begin] = static_cast<std::uint8_t>(from[i] % 16);
+    }
+  }
+  first16.push_back(static_cast<std::int32_t>(sixteens.size()));
 }
 
 namespace {
+
+// Doublings go into the codes from the last section backwards, as far as the smallest code, -2^(bits-1), fits 16 bits.
+void place_shifts(IntegerInput& input) {
+  const int most = 16 - input.bits;
+  int after = 0;
+  for (std::size_t s = input.sections.size(); s-- > 0;) {
+    Section& section = input.sections[s];
+    section.shift = input.apart ? 0 : after;
+    section.lead = 0;
+    if (s == 0 || input.apart) continue;
+    if (after + section.doublings <= most) {
+      after += section.doublings;
+    } else {
+      section.lead = after + section.doublings;
+      after = 0;
+    }
+  }
+}
 
 void check_order(const IntegerInput& input) {
   std::vector<char> seen(static_cast<std::size_t>(input.in), 0);
@@ -118,6 +149,7 @@ void settle(IntegerInput& input) {
   if (!input.bias.empty()) input.bias.resize(whole, 0.0f);
   if (!input.multipliers.empty()) input.multipliers.resize(whole, 0.0f);
   check_reach(input);
+  place_shifts(input);
 }
 
 Matrix make_integer(Arena& arena, int out, const IntegerInput& input, const IntegerSource& source) {

@@ -19,6 +19,10 @@ struct Section {
   int channels = 0;  // that carry values
   int quads = 0;     // that are laid out; channels past the last are zero
   int doublings = 0; // of the sum, ahead of this section's products
+  // The same where codes are widened to 16 bits (`settle` sets both): codes are shifted, and the sum only where the next
+  // shift would not fit.
+  int shift = 0;     // of this section's codes
+  int lead = 0;      // doublings of the sum ahead of it
 
   bool operator==(const Section&) const = default;
 };
@@ -32,8 +36,8 @@ struct Rotation {
   bool operator==(const Rotation&) const = default;
 };
 
-// Where each byte comes from, 64 at a time: of which tables of 128 bytes, and where within them. Channels of one section
-// ascend, so that 64 neighbours come from few tables.
+// Where each byte comes from, 64 at a time: of which tables of 128 bytes, and where within them; and 16 at a time, of which
+// tables of 16. Channels of one section ascend, so that neighbours come from few tables.
 struct ByteOrder {
   struct Part {
     int table = 0;
@@ -47,6 +51,9 @@ struct ByteOrder {
   std::vector<std::uint8_t> within;    // (n, padded to 64), place within the table
   std::vector<Part> parts;
   std::vector<std::int32_t> first;     // part of each 64 bytes, and the end of all
+  std::vector<std::int32_t> sixteens;  // table of each part of 16 bytes
+  std::vector<std::uint8_t> shuffles;  // (parts of 16 bytes, 16): place within the table, 0x80 for what others have
+  std::vector<std::int32_t> first16;   // part of each 16 bytes, and the end of all
 
   ByteOrder() = default;
   explicit ByteOrder(std::vector<std::int32_t> order);

@@ -1,6 +1,7 @@
 // Rounding rows to integers, and their products with matrices of integer codes.
 #pragma once
 
+#include "integer_wide_impl.hpp"
 #include "lanes.hpp"
 #include "products_impl.hpp"
 #include "vectors_impl.hpp"
@@ -305,7 +306,14 @@ template <class V>
 void integer(WB_PRODUCT_ARGUMENTS) {
   static_cast<void>(bits);
   if (w.bits == 4) rows_integer<V, 4>(w, x, n, y, add, first, last);
-  else rows_integer<V, 8>(w, x, n, y, add, first, last);
+  else {
+    if constexpr (V::widens_integers)
+      if (!w.input->apart && n > 2) {  // fewer wait for the weights, which bytes are read fastest as
+        const int done = rows_wide<V>(w, x, n, y, add, first, last);
+        n -= done, x += done, y += done;
+      }
+    rows_integer<V, 8>(w, x, n, y, add, first, last);
+  }
 }
 
 }  // namespace

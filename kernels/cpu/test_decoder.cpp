@@ -22,6 +22,8 @@ namespace {
 
 using namespace wb;
 using namespace wb::test;
+using wb::test::distance;  // beside those of this file, which would hide them
+using wb::test::same;
 
 // Random codes of a matrix, in all the forms in which they may be handed over.
 struct Codes {

@@ -19,23 +19,9 @@ struct Case {
   std::vector<std::uint16_t> scales;
 };
 
-Case random_case(Random& random, bool apart) {
-  Case c;
+// Steps, and a matrix of random codes of which every third is one of the two outermost.
+void complete(Case& c, Random& random) {
   IntegerInput& in = c.input;
-  in.bits = random.below(2) != 0 ? 8 : 4;
-  in.weight_bits = random.below(2) != 0 ? 8 : 4;
-  std::vector<int> channels, doublings;
-  for (int s = 0, n = 1 + random.below(5); s < n; ++s) {
-    channels.push_back(1 + random.below(s == n - 1 ? 120 : 20));
-    doublings.push_back(s == 0 || apart ? 0 : random.below(3));
-  }
-  in.sections = make_sections(channels, doublings, in.weight_bits);
-  for (const int n : channels) in.in += n;
-  in.apart = apart;
-  if (apart)
-    for (std::size_t s = 0; s < channels.size(); ++s) in.section_scales.push_back(static_cast<float>(1 << random.below(5)));
-  for (int i = 0; i < in.in; ++i) in.order.push_back(i);
-  for (int i = in.in - 1; i > 0; --i) std::swap(in.order[static_cast<std::size_t>(i)], in.order[static_cast<std::size_t>(random.below(i + 1))]);
   in.steps = {0.05f, 0.01f};
   in.starts = {0, 2};
   in.limit = 100;
@@ -54,11 +40,32 @@ Case random_case(Random& random, bool apart) {
       else to[i / 2] |= static_cast<std::uint8_t>((w + top) << (4 * (i % 2)));
     }
   }
+}
+
+Case random_case(Random& random, bool apart) {
+  Case c;
+  IntegerInput& in = c.input;
+  in.bits = random.below(2) != 0 ? 8 : 4;
+  in.weight_bits = random.below(2) != 0 ? 8 : 4;
+  std::vector<int> channels, doublings;
+  for (int s = 0, n = 1 + random.below(5); s < n; ++s) {
+    channels.push_back(1 + random.below(s == n - 1 ? 120 : 20));
+    doublings.push_back(s == 0 || apart ? 0 : random.below(3));
+  }
+  in.sections = make_sections(channels, doublings, in.weight_bits);
+  for (const int n : channels) in.in += n;
+  in.apart = apart;
+  if (apart)
+    for (std::size_t s = 0; s < channels.size(); ++s) in.section_scales.push_back(static_cast<float>(1 << random.below(5)));
+  for (int i = 0; i < in.in; ++i) in.order.push_back(i);
+  for (int i = in.in - 1; i > 0; --i) std::swap(in.order[static_cast<std::size_t>(i)], in.order[static_cast<std::size_t>(random.below(i + 1))]);
+  complete(c, random);
   return c;
 }
 
-void one(Isa isa, Random& random, bool apart) {
-  const Case c = random_case(random, apart);
+// Rows of `size` times a normal number: products against sums in 64 bits.
+void one(Isa isa, Random& random, const Case& c, float size) {
+  const bool apart = c.input.apart;
   const IntegerInput& in = c.input;
   const Kernels& k = kernels(isa);
   Arena arena;
@@ -76,7 +83,7 @@ void one(Isa isa, Random& random, bool apart) {
   std::vector<Activation> rows(static_cast<std::size_t>(n));
   std::vector<float*> to;
   for (std::size_t i = 0; i < rows.size(); ++i) {
-    const auto x = random.normals(static_cast<std::size_t>(in.in), 2);
+    const auto x = random.normals(static_cast<std::size_t>(in.in), size);
     IntegerCounts counts;
     k.quantize_integer(in, x.data(), static_cast<int>(i % 4), q.data() + i * laid_out, scale.data() + i * parts, offset.data() + i * parts, counts);
     rows[i].q = q.data() + i * laid_out;
@@ -125,6 +132,68 @@ void one(Isa isa, Random& random, bool apart) {
     }
 }
 
+// Sections whose doublings come to what 16 bits hold of a shifted code, to one less, and beyond; every code an extreme.
+void widening(Isa isa, Random& random) {
+  const std::vector<std::vector<int>> doublings = {{0}, {0, 8}, {0, 7}, {0, 9}, {0, 4, 4}, {0, 4, 5}, {0, 1, 8}, {0, 9, 1}, {0, 3, 3, 3, 1}, {0, 0, 8, 0, 1}, {0, 12}, {0, 13}};
+  for (const auto& steps : doublings)
+    for (const int bits : {4, 8})
+      for (const int first : {1, 4, 5, 19}) {
+        Case c;
+        IntegerInput& in = c.input;
+        in.bits = bits;
+        std::vector<int> channels;
+        for (std::size_t s = 0; s < steps.size(); ++s) channels.push_back(s == 0 ? (steps.back() < 12 ? first : std::min(first, 5)) : 1 + random.below(40));
+        for (const int n : channels) in.in += n;
+        in.sections = make_sections(channels, steps, 8);
+        complete(c, random);
+        one(isa, random, c, 1e4f);
+      }
+}
+
+void shifts() {
+  const auto placed = [](int bits, const std::vector<int>& doublings) {
+    IntegerInput in;
+    in.bits = bits;
+    in.in = 4 * static_cast<int>(doublings.size());
+    in.sections = make_sections(std::vector<int>(doublings.size(), 4), doublings, 8);
+    settle(in);
+    std::vector<std::pair<int, int>> found;
+    for (const Section& s : in.sections) found.emplace_back(s.shift, s.lead);
+    return found;
+  };
+  using Placed = std::vector<std::pair<int, int>>;
+  CHECK((placed(8, {0, 1, 2}) == Placed{{3, 0}, {2, 0}, {0, 0}}));
+  CHECK((placed(8, {0, 4, 4}) == Placed{{8, 0}, {4, 0}, {0, 0}}));
+  CHECK((placed(8, {0, 4, 5}) == Placed{{0, 0}, {5, 9}, {0, 0}}));
+  CHECK((placed(8, {0, 9}) == Placed{{0, 0}, {0, 9}}));
+  CHECK((placed(4, {0, 4, 5}) == Placed{{9, 0}, {5, 0}, {0, 0}}));
+  CHECK((placed(4, {0, 13}) == Placed{{0, 0}, {0, 13}}));
+}
+
+// Orders of bytes that ascend within sections, and such as do not, of all lengths about whole sixteens.
+void orders(Isa isa, Random& random) {
+  for (const int n : {1, 4, 15, 16, 17, 60, 64, 68, 127, 128, 129, 576})
+    for (const bool ascending : {true, false}) {
+      Case c;
+      IntegerInput& in = c.input;
+      in.in = n;
+      std::vector<int> part(static_cast<std::size_t>(n)), channels;
+      for (int& p : part) p = random.below(5);
+      for (int p = 0; p < 5; ++p) {
+        const auto before = in.order.size();
+        for (int i = 0; i < n; ++i)
+          if (part[static_cast<std::size_t>(i)] == p) in.order.push_back(i);
+        if (in.order.size() > before) channels.push_back(static_cast<int>(in.order.size() - before));
+      }
+      if (!ascending) std::reverse(in.order.begin(), in.order.end());
+      std::vector<int> doublings(channels.size(), 1);
+      doublings[0] = 0;
+      in.sections = make_sections(channels, doublings, 8);
+      complete(c, random);
+      one(isa, random, c, 2);
+    }
+}
+
 IntegerInput plain(int in) {
   IntegerInput input;
   input.in = in;
@@ -161,8 +230,11 @@ void misuse() {
 void integer_products(bool quick) {
   for (const Isa isa : available_isas()) {
     Random random(11);
-    for (int i = 0; i < (quick ? 30 : 150); ++i) one(isa, random, i % 3 == 0);
+    for (int i = 0; i < (quick ? 30 : 150); ++i) one(isa, random, random_case(random, i % 3 == 0), 2);
+    widening(isa, random);
+    orders(isa, random);
   }
+  shifts();
   misuse();
 }
 

@@ -6,7 +6,7 @@
 #include <cstdint>
 #include <cstring>
 
-#include "integer.hpp"
+#include "permute_impl.hpp"
 
 namespace wb {
 
@@ -26,6 +26,7 @@ struct Avx2 {
 
   static constexpr bool transposes_planes = false;
   static constexpr bool many_registers = false;
+  static constexpr bool widens_integers = true;
 
   static F zero() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
   static F set(float v) { return {_mm256_set1_ps(v), _mm256_set1_ps(v)}; }
@@ -120,8 +121,42 @@ struct Avx2 {
     return {dot_half<Wide>(sum.a, codes.a, x), dot_half<Wide>(sum.b, codes.b, x)};
   }
   // Bytes in another order; readable up to the end of the last table.
-  static void permute(const ByteOrder& order, const std::int8_t* from, std::int8_t* to) {
-    for (int i = 0; i < order.n; ++i) to[i] = from[order.from[static_cast<std::size_t>(i)]];
+  static void permute(const ByteOrder& order, const std::int8_t* from, std::int8_t* to) { permute_sixteens(order, from, to); }
+
+  // Products of 16 bits: what two of them sum to fits 32 without the detour of `dot<true>`. Eight rows of four channels,
+  // the sums of channels 0, 1 and of 2, 3 side by side.
+  using Wide = I;
+  static Wide widen(const std::uint8_t* p) {
+    const auto* v = reinterpret_cast<const __m128i*>(p);
+    return {_mm256_cvtepu8_epi16(_mm_loadu_si128(v)), _mm256_cvtepu8_epi16(_mm_loadu_si128(v + 1))};
+  }
+  static Wide dot_wide(Wide sum, Wide codes, const std::int16_t* a) {
+    long long four;
+    std::memcpy(&four, a, 8);
+    const __m256i x = _mm256_set1_epi64x(four);
+    return {_mm256_add_epi32(sum.a, _mm256_madd_epi16(codes.a, x)), _mm256_add_epi32(sum.b, _mm256_madd_epi16(codes.b, x))};
+  }
+  // The sixteen sums of rows 0 .. 7 and 8 .. 15.
+  static I join(Wide low, Wide high) { return {sum_pairs(low), sum_pairs(high)}; }
+  // Codes of two rows, widened and shifted: four of a and four of b at `to`, the next four of each `stride` further on.
+  static void widen_two(const std::int8_t* a, const std::int8_t* b, int quads, int shift, std::int16_t* to, std::size_t stride) {
+    const __m128i by = _mm_cvtsi32_si128(shift);
+    const auto store = [&](std::int16_t* at, __m128i v) { _mm_storeu_si128(reinterpret_cast<__m128i*>(at), v); };
+    int i = 0;
+    for (; i + 4 <= quads; i += 4, to += 4 * stride) {
+      const auto load = [&](const std::int8_t* p) {
+        return _mm256_sll_epi16(_mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p + 4 * i))), by);
+      };
+      const __m256i x = load(a), y = load(b);
+      const __m256i even = _mm256_unpacklo_epi64(x, y), odd = _mm256_unpackhi_epi64(x, y);
+      store(to, _mm256_castsi256_si128(even)), store(to + stride, _mm256_castsi256_si128(odd));
+      store(to + 2 * stride, _mm256_extracti128_si256(even, 1)), store(to + 3 * stride, _mm256_extracti128_si256(odd, 1));
+    }
+    for (; i < quads; ++i, to += stride) {
+      std::int32_t x, y;
+      std::memcpy(&x, a + 4 * i, 4), std::memcpy(&y, b + 4 * i, 4);
+      store(to, _mm_sll_epi16(_mm_cvtepi8_epi16(_mm_unpacklo_epi32(_mm_cvtsi32_si128(x), _mm_cvtsi32_si128(y))), by));
+    }
   }
   template <int K>
   static F byte_lane(B v) {
@@ -188,6 +223,8 @@ struct Avx2 {
   };
 
  private:
+  // Neighbouring sums added; `_mm256_hadd_epi32` works within halves, hence the order in which they come out.
+  static __m256i sum_pairs(Wide v) { return _mm256_permute4x64_epi64(_mm256_hadd_epi32(v.a, v.b), 0xD8); }
   static __m256 pow2_half(__m256 n) {
     const __m256i e = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_max_epi32(e, _mm256_setzero_si256()), 23));

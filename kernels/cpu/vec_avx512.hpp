@@ -6,7 +6,7 @@
 #include <cstdint>
 #include <cstring>
 
-#include "integer.hpp"
+#include "permute_impl.hpp"
 
 namespace wb {
 
@@ -16,6 +16,7 @@ struct Avx512 {
   using B = __m512i;  // 64 bytes: 4 channels of 16 rows
   static constexpr bool transposes_planes = false;
   static constexpr bool many_registers = true;
+  static constexpr bool widens_integers = false;  // one instruction takes four products of bytes
 
   static F zero() { return _mm512_setzero_ps(); }
   static F set(float v) { return _mm512_set1_ps(v); }
@@ -85,9 +86,7 @@ struct Avx512 {
     return _mm512_dpbusd_epi32(sum, codes, _mm512_set1_epi32(four));
   }
   // Bytes in another order; readable up to the end of the last table.
-  static void permute(const ByteOrder& order, const std::int8_t* from, std::int8_t* to) {
-    for (int i = 0; i < order.n; ++i) to[i] = from[order.from[static_cast<std::size_t>(i)]];
-  }
+  static void permute(const ByteOrder& order, const std::int8_t* from, std::int8_t* to) { permute_sixteens(order, from, to); }
   template <int K>
   static F byte_lane(B v) {
     return _mm512_cvtepi32_ps(_mm512_and_si512(_mm512_srli_epi32(v, 8 * K), _mm512_set1_epi32(0xFF)));
