@@ -19,12 +19,15 @@ from workbench.progress import Job
 from workbench.runtime.cpu_integer import input_of
 from workbench.runtime.cpu_source import GROUP_KINDS, INTEGER_KINDS, Matrix, Source
 from workbench.runtime.plan import (
+    ConstantMask,
     LinearLevels,
     NormLevels,
     Plan,
     PositionTable,
+    PredictedMask,
     ProjectionLevels,
     ProjectionMask,
+    Threshold,
 )
 
 if TYPE_CHECKING:
@@ -348,26 +351,32 @@ def _plan(engine: Any, plan: Plan, arch: Architecture) -> None:
                     engine.add_rotation(name, np.ascontiguousarray(transform.array, dtype=np.float32))
     for decider in plan.deciders:
         program = decider.program
+        at = {
+            "tap": decider.tap.kind,
+            "block": decider.tap.block,
+            "scope": decider.scope.kind,
+            "every": decider.scope.n,
+            "initial": float(decider.default),
+            "bytes": float(program.bytes),
+        }
+        if isinstance(program, PredictedMask):
+            engine.add_predictor(**at, **_predictor(program))
+            continue
         name, numbers, matrix = _program(program)
         engine.add_decider(
-            decider.tap.kind,
-            decider.tap.block,
-            decider.scope.kind,
-            decider.scope.n,
-            float(decider.default),
-            name,
-            numbers,
-            matrix,
-            list(getattr(program, "positions", ())),
-            float(program.bytes),
-            list(getattr(program, "thresholds", ())),
-            list(getattr(program, "level_values", ())),
-            getattr(program, "first", 0),
+            **at,
+            program=name,
+            numbers=numbers,
+            matrix=matrix,
+            positions=list(getattr(program, "positions", ())),
+            thresholds=list(getattr(program, "thresholds", ())),
+            values=list(getattr(program, "level_values", ())),
+            first=getattr(program, "first", 0),
         )
     for consumer in plan.consumers:
-        if consumer.offset or consumer.factors is not None:
+        if consumer.factors is not None:
             raise EngineError(
-                f"The cpu engine has no offset or factors of {consumer.kind} ({consumer.target}): use the reference "
+                f"The cpu engine has no factors of inputs ({consumer.kind} of {consumer.target}): use the reference "
                 "engine."
             )
         engine.add_consumer(
@@ -376,7 +385,22 @@ def _plan(engine: Any, plan: Plan, arch: Architecture) -> None:
             consumer.target,
             list(consumer.widths),
             list(consumer.levels),
+            consumer.offset,
         )
+
+
+def _predictor(program: PredictedMask) -> dict[str, Any]:
+    """A predictor's parts as the kernels take them."""
+    vectors = ("hidden_steps", "hidden_bias", "row_steps", "mean")
+    return {
+        "hidden": np.ascontiguousarray(program.hidden),
+        "rows": np.ascontiguousarray(program.rows),
+        **{name: np.ascontiguousarray(getattr(program, name), dtype=np.float32) for name in vectors},
+        "groups": [int(g) for g in program.groups],
+        "thresholds": [float(t) for t in program.thresholds],
+        "floors": [int(f) for f in program.floors],
+        "first": program.first,
+    }
 
 
 def _program(program: Any) -> tuple[str, list[float], np.ndarray | None]:
@@ -392,6 +416,10 @@ def _program(program: Any) -> tuple[str, list[float], np.ndarray | None]:
         return "linear_levels", [program.bias, float(program.rms)], row
     if isinstance(program, ProjectionMask):
         return "projection_mask", [float(program.keep)], np.ascontiguousarray(program.matrix, dtype=np.float32)
+    if isinstance(program, Threshold):
+        return "threshold", [], None
+    if isinstance(program, ConstantMask):
+        return "constant_mask", [], np.ascontiguousarray(program.values, dtype=np.float32)[None]
     if isinstance(program, PositionTable):
         return "position_table", list(program.values), None
     raise EngineError(

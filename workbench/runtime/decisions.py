@@ -37,6 +37,20 @@ def slot_value(value: Any, size: int) -> np.ndarray:
     return found.astype(np.uint8, copy=False)
 
 
+def distinct_masks(values: Sequence[Any], size: int) -> tuple[list[np.ndarray], list[int]]:
+    """The distinct objects among recorded values of a slot, as ``slot_value`` gives them, and which one each is."""
+    found: list[np.ndarray] = []
+    known: dict[int, int] = {}  # by identity: what was held for many tokens is one object, or shares its memory
+    which = []
+    for value in values:
+        key = value.__array_interface__["data"][0] if isinstance(value, np.ndarray) and value.ndim else id(value)
+        if key not in known:
+            known[key] = len(found)
+            found.append(np.require(slot_value(value, size), requirements="C"))
+        which.append(known[key])
+    return found, which
+
+
 class Decisions:
     """The slots of one sequence.
 
@@ -147,13 +161,6 @@ class Decisions:
         end = int(self._positions[-1]) + 1
         if end > len(replay):
             raise EngineError(f"The recorded decisions end at position {len(replay)}, position {end} was asked.")
-        values: list[np.ndarray] = []
-        known: dict[int, int] = {}  # by identity: what was held for many tokens is one object
-        which = []
-        for position in self._positions.tolist():
-            value = replay[position][decider.slot]
-            if id(value) not in known:
-                known[id(value)] = len(values)
-                values.append(slot_value(value, decider.program.size))
-            which.append(known[id(value)])
-        return np.stack(values), np.asarray(which)
+        values = [replay[position][decider.slot] for position in self._positions.tolist()]
+        found, which = distinct_masks(values, decider.program.size)
+        return np.stack(found), np.asarray(which)
