@@ -359,9 +359,10 @@ NB_MODULE(_cpu, m) {
       "group_product",
       [](Bytes2 packed, int in, int bits, int group, std::optional<Halves2> scales16, std::optional<Floats2> scales32, std::optional<Bytes2> zeros,
          std::optional<Halves2> minima16, std::optional<Floats2> minima32, bool planes, std::vector<Width> widths, Floats2 x, int read_bits, bool exact,
-         const std::string& isa) {
+         const std::string& isa, std::optional<std::vector<int>> listed) {
         wb::Arena arena;
-        const auto source = group_source(packed, in, bits, group, scales16, scales32, zeros, minima16, minima32, planes, !widths.empty());
+        auto source = group_source(packed, in, bits, group, scales16, scales32, zeros, minima16, minima32, planes, !widths.empty());
+        source.by_row = listed.has_value();
         wb::Matrix w = wb::make_groups(arena, checked(packed.shape(0)), in, source);
         for (const auto& [at, scales, points] : widths) {
           check_width(w, at, scales, points);
@@ -373,14 +374,15 @@ NB_MODULE(_cpu, m) {
         if (x.shape(1) != static_cast<std::size_t>(in)) throw std::invalid_argument("x does not fit the codes' shape.");
         const std::size_t width = static_cast<std::size_t>(w.tiles) * wb::kRows;
         wb::Array<float> y(n * width), space(n * static_cast<std::size_t>(at.padded + at.n_blocks + at.n_groups));
-        wb::Array<std::int8_t> q(n * static_cast<std::size_t>(at.padded));
+        const std::size_t q_stride = wb::round_up(static_cast<std::size_t>(at.padded), wb::kPieceChannels);
+        wb::Array<std::int8_t> q(n * q_stride);
         wb::Array<std::uint8_t> active(n * static_cast<std::size_t>(at.n_blocks));
         std::vector<wb::Activation> rows(n);
         std::vector<float*> to(n);
         for (std::size_t i = 0; i < n; ++i) {
           float* scale = space.data() + i * static_cast<std::size_t>(at.padded + at.n_blocks + at.n_groups);
           float *sum = scale + at.n_blocks, *copy = sum + at.n_groups;
-          std::int8_t* codes = q.data() + i * static_cast<std::size_t>(at.padded);
+          std::int8_t* codes = q.data() + i * q_stride;
           std::uint8_t* is_active = active.data() + i * static_cast<std::size_t>(at.n_blocks);
           const float* from = x.data() + i * static_cast<std::size_t>(in);
           if (exact) k.pad(at, from, copy, sum, is_active);
@@ -388,13 +390,19 @@ NB_MODULE(_cpu, m) {
           rows[i] = {copy, codes, nullptr, scale, sum, is_active};
           to[i] = y.data() + i * width;
         }
-        (exact ? k.groups_f32 : k.groups_int8)(w, read_bits, rows.data(), checked(n), to.data(), false, 0, w.tiles);
+        if (listed) {
+          for (const int row : *listed)
+            if (row < 0 || row >= w.out) throw std::invalid_argument("A listed row is not there.");
+          (exact ? k.rows_f32 : k.rows_int8)(w, rows.data(), checked(n), to.data(), listed->data(), checked(listed->size()));
+        } else {
+          (exact ? k.groups_f32 : k.groups_int8)(w, read_bits, rows.data(), checked(n), to.data(), false, 0, w.tiles);
+        }
         std::vector<float> result;
         for (std::size_t i = 0; i < n; ++i) result.insert(result.end(), to[i], to[i] + packed.shape(0));
         return new_array({n, packed.shape(0)}, result.data());
       },
       "packed"_a, "inputs"_a, "bits"_a, "group_size"_a, "scales16"_a.none(), "scales32"_a.none(), "zeros"_a.none(), "minima16"_a.none(),
-      "minima32"_a.none(), "planes"_a, "widths"_a, "x"_a, "read_bits"_a, "exact"_a, "isa"_a);
+      "minima32"_a.none(), "planes"_a, "widths"_a, "x"_a, "read_bits"_a, "exact"_a, "isa"_a, "listed"_a.none() = nb::none());
 
   // The same by tables, with fp32 activations.
   m.def(
@@ -522,16 +530,18 @@ NB_MODULE(_cpu, m) {
           "set_groups",
           [](Engine& e, const std::string& name, Bytes2 packed, int in, int bits, int group, std::optional<Halves2> scales16,
              std::optional<Floats2> scales32, std::optional<Bytes2> zeros, std::optional<Halves2> minima16, std::optional<Floats2> minima32,
-             bool planes, std::vector<Width> widths, int block) {
-            e.decoder.set_groups(name, checked(packed.shape(0)), in,
-                                 group_source(packed, in, bits, group, scales16, scales32, zeros, minima16, minima32, planes, !widths.empty(), block));
+             bool planes, std::vector<Width> widths, int block, bool by_row) {
+            auto source = group_source(packed, in, bits, group, scales16, scales32, zeros, minima16, minima32, planes, !widths.empty(), block);
+            source.by_row = by_row;
+            e.decoder.set_groups(name, checked(packed.shape(0)), in, source);
             for (const auto& [at, scales, points] : widths) {
               check_width(e.decoder.matrix(name), at, scales, points);
               e.decoder.add_width(name, at, scales.data(), points.data(), points.shape(1));
             }
           },
           "name"_a, "packed"_a, "inputs"_a, "bits"_a, "group_size"_a, "scales16"_a.none() = nb::none(), "scales32"_a.none() = nb::none(),
-          "zeros"_a.none() = nb::none(), "minima16"_a.none() = nb::none(), "minima32"_a.none() = nb::none(), "planes"_a = false, "widths"_a = std::vector<Width>(), "block"_a = wb::kBlock)
+          "zeros"_a.none() = nb::none(), "minima16"_a.none() = nb::none(), "minima32"_a.none() = nb::none(), "planes"_a = false, "widths"_a = std::vector<Width>(), "block"_a = wb::kBlock,
+          "by_row"_a = false)
       .def(
           "set_tables",
           [](Engine& e, const std::string& name, Bytes2 packed, int in, int bits, std::vector<Table> tables) {
@@ -547,8 +557,8 @@ NB_MODULE(_cpu, m) {
             e.decoder.set_integer(name, checked(packed.shape(0)), input, integer_source(input, packed, scales));
           },
           "name"_a, "input"_a, "packed"_a, "scales"_a)
-      .def("set_f32", [](Engine& e, const std::string& name, Floats2 w) { e.decoder.set_f32(name, checked(w.shape(0)), checked(w.shape(1)), w.data()); })
-      .def("set_bf16", [](Engine& e, const std::string& name, Halves2 w) { e.decoder.set_bf16(name, checked(w.shape(0)), checked(w.shape(1)), w.data()); })
+      .def("set_f32", [](Engine& e, const std::string& name, Floats2 w, bool by_row) { e.decoder.set_f32(name, checked(w.shape(0)), checked(w.shape(1)), w.data(), by_row); }, "name"_a, "weight"_a, "by_row"_a = false)
+      .def("set_bf16", [](Engine& e, const std::string& name, Halves2 w, bool by_row) { e.decoder.set_bf16(name, checked(w.shape(0)), checked(w.shape(1)), w.data(), by_row); }, "name"_a, "weight"_a, "by_row"_a = false)
       .def("set_vector", [](Engine& e, const std::string& name, Floats1 v) { e.decoder.set_vector(name, v.data(), v.shape(0)); })
       .def("add_rope", [](Engine& e, Floats1 f, float factor) { return e.decoder.add_rope({f.data(), f.data() + f.shape(0)}, factor); })
       .def("set_attention", [](Engine& e, int block, int rope, int window) { e.decoder.set_attention(block, rope, window); })

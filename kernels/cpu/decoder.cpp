@@ -100,15 +100,15 @@ void Decoder::set_integer(const std::string& name, int out, const IntegerInput& 
   layer.present = true;
 }
 
-void Decoder::set_f32(const std::string& name, int out, int in, const float* rows) {
+void Decoder::set_f32(const std::string& name, int out, int in, const float* rows, bool by_row) {
   LinearLayer& layer = linear(name);
-  layer.w = make_f32(arena_, out, in, rows);
+  layer.w = make_f32(arena_, out, in, rows, by_row);
   layer.present = true;
 }
 
-void Decoder::set_bf16(const std::string& name, int out, int in, const std::uint16_t* rows) {
+void Decoder::set_bf16(const std::string& name, int out, int in, const std::uint16_t* rows, bool by_row) {
   LinearLayer& layer = linear(name);
-  layer.w = make_bf16(arena_, out, in, rows);
+  layer.w = make_bf16(arena_, out, in, rows, by_row);
   layer.present = true;
 }
 
@@ -283,6 +283,7 @@ void Decoder::finish() {
     for (int bits = 0; bits <= 8; ++bits) layer.bytes[static_cast<std::size_t>(bits)] = static_cast<double>(layer.w.read_bytes(bits));
   };
   need(*embedding_, "embedding", s.vocab, s.hidden);
+  if (embedding_->w.by_row || output_->w.by_row) throw std::invalid_argument("The embedding and the output layer do not lie by row.");
   complete(*embedding_);
   if (output_->present) {
     need(*output_, "output", s.vocab, s.hidden);
@@ -302,6 +303,9 @@ void Decoder::finish() {
       linear_bytes_ += layer->bytes[0];
       linear_weights_ += static_cast<double>(out) * in;
     }
+    if (b.q.w.by_row || b.k.w.by_row || b.v.w.by_row || b.o.w.by_row || b.down.w.by_row || (s.gated && b.gate.w.by_row != b.up.w.by_row) ||
+        (b.up.w.by_row && b.up.width_slot >= 0))
+      throw std::invalid_argument("Only gate and up lie by row, both of them, and at one width.");
     b.input = norm_of(at + "input", s.hidden, !s.layer_norm);
     b.pre_mlp = norm_of(at + "pre_mlp", s.hidden, !s.layer_norm);
     b.post_attention = norm_of(at + "post_attention", s.hidden, false);

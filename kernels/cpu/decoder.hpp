@@ -101,8 +101,9 @@ class Decoder {
   void add_table(const std::string& name, int bits, const std::uint16_t* table);
   const Matrix& matrix(const std::string& name);
   void set_integer(const std::string& name, int out, const IntegerInput& input, const IntegerSource& source);
-  void set_f32(const std::string& name, int out, int in, const float* rows);
-  void set_bf16(const std::string& name, int out, int in, const std::uint16_t* rows);
+  // `by_row`: laid out for products of some rows; of gate and up alone, which a mask of neurons reads.
+  void set_f32(const std::string& name, int out, int in, const float* rows, bool by_row = false);
+  void set_bf16(const std::string& name, int out, int in, const std::uint16_t* rows, bool by_row = false);
   void set_vector(const std::string& name, const float* values, std::size_t n);
   int add_rope(std::vector<float> frequencies, float factor);
   void set_attention(int block, int rope, int window);  // rope -1: none; window 0: all positions

@@ -59,6 +59,7 @@ Decoder::Pass::Pass(Decoder& decoder)
   }
   predicted.resize(Predictor::kTogether), to_predicted.resize(Predictor::kTogether);
   deciding.resize(static_cast<std::size_t>(nt));
+  united.resize(static_cast<std::size_t>(nt)), listed.resize(static_cast<std::size_t>(nt));
   angles.resize(static_cast<std::size_t>(kMaxRows) * d.ropes_.size() * static_cast<std::size_t>(s.rotary_dim));
   read.resize(kMaxRows), used.resize(kMaxRows), kept_inputs.resize(kMaxRows);
   integers.resize(kMaxRows);
@@ -154,6 +155,7 @@ void Decoder::Pass::convert(const Format& f, const float* from, int position, fl
 
 double Decoder::Pass::read_share(const LinearLayer& layer, int row) const {
   const Format& f = d.formats_[static_cast<std::size_t>(layer.format)];
+  if (layer.w.by_row) return 1.0;
   if (f.mode != Mode::int8 && f.mode != Mode::f32) return 1.0;
   const Activation& a = single ? local_rows[static_cast<std::size_t>(layer.format)][0] : shared_rows[static_cast<std::size_t>(layer.format)][static_cast<std::size_t>(row)];
   int active = 0;
@@ -169,7 +171,9 @@ void Decoder::Pass::count(const LinearLayer& layer, int t, MaskPart outputs, int
     const long bits = layer.width_slot >= 0 ? std::clamp<long>(layer.bits(slot(layer.width_slot, r)), 0, 8) : 0;
     const double kept = kept_share(outputs, r);
     double tiles = 1;  // what is read of the rows is whole tiles
-    if (outputs && kept < 1) {
+    if (w.by_row) {
+      tiles = w.kind != Kind::packed && kept > kMostGathered ? 1 : kept;
+    } else if (outputs && kept < 1) {
       const std::uint8_t* entries = mask(outputs, r);
       int n = 0;
       for (int tile = 0; tile < w.tiles; ++tile) {
@@ -182,6 +186,78 @@ void Decoder::Pass::count(const LinearLayer& layer, int t, MaskPart outputs, int
     read[row] += layer.bytes[static_cast<std::size_t>(bits)] * tiles * read_share(layer, r);
     used[row] += static_cast<double>(w.out) * w.in * kept * (kept_inputs[row] >= 0 ? static_cast<double>(kept_inputs[row]) : kept_share(inputs, r));
   }
+}
+
+// The entries of a mask that any of the pass's rows computes.
+const std::uint8_t* Decoder::Pass::any_row(const MaskPart& part, int t) {
+  const std::uint8_t* first = mask(part, 0);
+  auto& all = united[static_cast<std::size_t>(t)];
+  const std::uint8_t* last = first;  // neighbouring rows often share their mask
+  bool one = true;
+  for (int r = 1; r < static_cast<int>(rows.size()); ++r) {
+    const std::uint8_t* entries = mask(part, r);
+    if (entries == last) continue;
+    if (one) all.assign(first, first + part.size);
+    one = false, last = entries;
+    for (int i = 0; i < part.size; ++i) all[static_cast<std::size_t>(i)] |= entries[i];
+  }
+  return one ? first : all.data();
+}
+
+// List the neurons that a thread computes, and return the tiles that they lie in: its share of those that any row computes.
+std::pair<int, int> Decoder::Pass::list_neurons(const Block& b, int t) {
+  auto& to = listed[static_cast<std::size_t>(t)];
+  to.clear();
+  const int tiles = b.up.w.tiles;
+  if (!b.neurons) {
+    const auto [first, last] = share(tiles, t, nt);
+    for (int i = first * kRows; i < std::min(last * kRows, s.neurons); ++i) to.push_back(i);
+    return {first, last};
+  }
+  const std::uint8_t* kept = any_row(b.neurons, t);
+  int total = 0;
+  for (int i = 0; i < s.neurons; ++i) total += kept[i];
+  if (b.up.w.kind != Kind::packed && total > kMostGathered * s.neurons) {
+    const auto [first, last] = share(tiles, t, nt);
+    for (int i = first * kRows; i < std::min(last * kRows, s.neurons); ++i) to.push_back(i);
+    return {first, last};
+  }
+  const auto [from, until] = share(total, t, nt);
+  // A tile is that thread's whose share its first kept neuron is in; tiles without any go with the one before.
+  int first = t == 0 ? 0 : tiles, last = tiles, before = 0;
+  for (int tile = 0; tile < tiles; ++tile) {
+    if (before >= from && first == tiles) first = tile;
+    if (before >= until && t + 1 < nt) {
+      last = tile;
+      break;
+    }
+    const int end = std::min((tile + 1) * kRows, s.neurons);
+    const bool own = before >= from || t == 0;
+    const auto place = to.size();
+    to.resize(place + kRows);
+    std::size_t n = place;
+    for (int i = tile * kRows; i < end; ++i) {  // without branches, which nothing could foretell
+      to[n] = i;
+      n += kept[i];
+      before += kept[i];
+    }
+    to.resize(own ? n : place);
+  }
+  return {std::min(first, last), last};
+}
+
+void Decoder::Pass::listed_product(const LinearLayer& layer, float* const* y, int t) {
+  const auto f = static_cast<std::size_t>(layer.format);
+  const auto& neurons_listed = listed[static_cast<std::size_t>(t)];
+  Kernels::Rows kernel = k.rows_int8;
+  switch (d.formats_[f].mode) {
+    case Mode::f32: kernel = k.rows_f32; break;
+    case Mode::bf16: kernel = k.rows_dense_bf16; break;
+    case Mode::plain: kernel = k.rows_dense_f32; break;
+    default: break;
+  }
+  const Activation* a = single ? &local_rows[f][static_cast<std::size_t>(t)] : shared_rows[f].data();
+  kernel(layer.w, a, static_cast<int>(rows.size()), y, neurons_listed.data(), static_cast<int>(neurons_listed.size()));
 }
 
 // y[row] (+)= W x[row] for all rows or a subset, at the width in force for each; tiles whose mask is all zero are left.
@@ -512,7 +588,7 @@ void Decoder::Pass::block(int index, int t) {
   auto& chosen = subset_index[static_cast<std::size_t>(t)];
   const bool always_attend = b.decides(TapKind::attention_output) || tapped;  // somebody reads what attention gives
   const bool attends = n > 1 || always_attend || !skipped(0, 1.0f);
-  const std::uint8_t* head_mask = single && b.heads && !always_attend ? mask(b.heads, 0) : nullptr;
+  const std::uint8_t* head_mask = b.heads && !always_attend ? any_row(b.heads, t) : nullptr;
   if (attends) product(b.q, nullptr, to_q.data(), false, t, s.head_dim % kRows == 0 ? head_mask : nullptr, s.head_dim);
   product(b.k, nullptr, to_k.data(), false, t);
   product(b.v, nullptr, to_v.data(), false, t);
@@ -575,12 +651,13 @@ void Decoder::Pass::block(int index, int t) {
     // shared out one by one, many rows' by the key/value head, so that each thread has early rows and late ones.
     auto& asked = queries_of[static_cast<std::size_t>(t)];
     const auto ask = [&](int r, int head) {
-      if (head_mask != nullptr && head_mask[head] == 0) return;
+      if (head_mask != nullptr && mask(b.heads, r)[head] == 0) return;
       const Row& row = rows[static_cast<std::size_t>(r)];
       const int from = b.window > 0 ? std::max(0, row.position - b.window + 1) : 0;
       asked.push_back({to_q[static_cast<std::size_t>(r)] + head * s.head_dim, to_attended[static_cast<std::size_t>(r)] + head * s.head_dim, from, row.position});
     };
     const auto answer = [&](int r, int kv) {
+      if (asked.empty()) return;
       const Sequence& sequence = *rows[static_cast<std::size_t>(r)].sequence;
       const CacheView cache{sequence.keys_[static_cast<std::size_t>(index)].data(), sequence.values_[static_cast<std::size_t>(index)].data(),
                             s.head_dim, padded(s.head_dim)};
@@ -648,7 +725,6 @@ void Decoder::Pass::block(int index, int t) {
   // MLP.
   const bool always_mlp = b.decides(TapKind::mlp_input) || b.decides(TapKind::mlp_inner) || tapped;
   const bool runs_mlp = n > 1 || always_mlp || !skipped(0, 2.0f);
-  const std::uint8_t* neuron_mask = single && b.neurons ? mask(b.neurons, 0) : nullptr;
   if (runs_mlp) {
     if (b.decides(TapKind::mlp_input)) {
       normalize_rows(b.pre_mlp);
@@ -661,8 +737,16 @@ void Decoder::Pass::block(int index, int t) {
       if (s.gated) site(name + ".gate", normed, hidden, s.hidden);
       site(name + ".up", normed, hidden, s.hidden);
     }
-    if (s.gated) product(b.gate, nullptr, to_gate.data(), false, t, neuron_mask);
-    product(b.up, nullptr, to_up.data(), false, t, neuron_mask);
+    std::pair<int, int> own = share(b.up.w.tiles, t, nt);  // the tiles that this thread computes
+    if (b.up.w.by_row) {
+      own = list_neurons(b, t);
+      if (s.gated) listed_product(b.gate, to_gate.data(), t);
+      listed_product(b.up, to_up.data(), t);
+    } else {
+      const std::uint8_t* neuron_mask = b.neurons ? any_row(b.neurons, t) : nullptr;
+      if (s.gated) product(b.gate, nullptr, to_gate.data(), false, t, neuron_mask);
+      product(b.up, nullptr, to_up.data(), false, t, neuron_mask);
+    }
     if (t == 0 && d.has_consumers_) {
       chosen.clear();
       for (int r = 0; r < n; ++r)
@@ -671,7 +755,7 @@ void Decoder::Pass::block(int index, int t) {
       count(b.up, t, b.neurons, 1, {}, &chosen);
     }
     // Every thread finishes the neurons that it has just computed.
-    const auto [first, last] = share(b.up.w.tiles, t, nt);
+    const auto [first, last] = own;
     const int begin = first * kRows, width = std::min(last * kRows, s.neurons) - begin;
     for (int r = 0; r < n && width > 0; ++r) {
       float* up_row = to_up[static_cast<std::size_t>(r)] + begin;

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 
-from tests.runtime.mask_plans import MASK_PLANS, UNITS, constant_plan, predicted_plan, threshold_plan
+from tests.runtime.mask_plans import MASK_PLANS, UNITS, constant_plan, laid_by_row, predicted_plan, threshold_plan
 from workbench.apply.compress import compress
 from workbench.apply.recipe import Recipe
 from workbench.apply.rtn import RtnConfig
@@ -64,11 +65,13 @@ def test_masks_act_as_in_the_reference(tiny_model: LoadedModel, name: str, isa: 
 
 
 @pytest.mark.parametrize("name", MASK_PLANS)
-@pytest.mark.parametrize("group_size", [16, 64])
+@pytest.mark.parametrize("layout", ["tiles", "rows", "rows of 16", "dense rows"])
 def test_rows_alone_in_a_batch_in_a_prefill_and_in_score_are_alike(
-    tiny_model: LoadedModel, name: str, group_size: int
+    tiny_model: LoadedModel, name: str, layout: str
 ) -> None:
-    engine = CpuEngine(small(tiny_model, group_size=group_size), MASK_PLANS[name](), threads=2)
+    plan = MASK_PLANS[name]() if layout == "tiles" else laid_by_row(MASK_PLANS[name]())
+    model = tiny_model if layout == "dense rows" else small(tiny_model, group_size=16 if "16" in layout else 64)
+    engine = CpuEngine(model, plan, threads=2)
     text = TEXT[:60]
     logits, sequence = stepwise(engine, text)
     shifted = logits.astype(np.float64) - logits.max(axis=1, keepdims=True)
@@ -131,12 +134,37 @@ def test_a_held_mask_is_held_once_and_thresholds_move_it(tiny_model: LoadedModel
     assert whole.trace[-1].kept_weights == 1.0
 
 
-@pytest.mark.parametrize("mode", ["fp32", "int8"])
-def test_a_mask_of_ones_changes_nothing(tiny_model: LoadedModel, mode: Any) -> None:
-    model = small(tiny_model, group_size=64)
-    dense = CpuEngine(model, threads=2, activation_mode=mode).score(TEXT)
-    masked = CpuEngine(model, constant_plan(0.0), threads=2, activation_mode=mode).score(TEXT)
-    np.testing.assert_allclose(masked, dense, atol=1e-5 if mode == "fp32" else 0.05)
+@pytest.mark.parametrize("isa", kernels().isas())
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_rows_of_codes_give_what_tiles_give(tiny_model: LoadedModel, bits: int, isa: str) -> None:
+    """With the same mask; and a mask of ones gives what no plan gives."""
+    for share, group_size in ((0.5, 16), (0.0, 64)):
+        model = small(tiny_model, bits, group_size)
+        plan = constant_plan(share)
+        options: dict[str, Any] = {"threads": 3, "activation_mode": "fp32", "isa": isa}
+        expected = CpuEngine(
+            model, replace(plan, consumers=tuple(replace(c, expected=1.0) for c in plan.consumers)), **options
+        )
+        found = CpuEngine(model, laid_by_row(plan), **options)
+        np.testing.assert_allclose(found.score(TEXT[:50]), expected.score(TEXT[:50]), atol=2e-5)
+        if not share:
+            np.testing.assert_allclose(found.score(TEXT[:50]), CpuEngine(model, **options).score(TEXT[:50]), atol=2e-5)
+
+
+def test_neurons_that_are_masked_are_not_read_where_rows_lie_side_by_side(tiny_model: LoadedModel) -> None:
+    """One neuron of a tile keeps the tile; of rows it is itself that is read."""
+    model, plan, read = small(tiny_model, group_size=64), constant_plan(0.6), []
+    dense = CpuEngine(model, threads=1)
+    for made in (
+        None,
+        replace(plan, consumers=tuple(replace(c, expected=1.0) for c in plan.consumers)),
+        laid_by_row(plan),
+    ):
+        engine = dense if made is None else CpuEngine(model, made, threads=1)
+        trace: list = []
+        engine.score(TEXT[:5], trace=trace)
+        read.append(trace[-1].read_bytes)
+    assert read[2] < 0.8 * read[1] <= 0.8 * read[0]  # though rows of 48 channels are padded to 64
 
 
 def test_thresholds_of_inputs_are_a_slot_like_any(tiny_model: LoadedModel) -> None:

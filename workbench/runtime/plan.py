@@ -256,7 +256,8 @@ class Consumer:
     ``width``: target a unit; the slot holds the bits to read it at, one of ``widths``. With ``levels`` the slot holds
     an index into them instead, so that one slot moves many units, each along its own widths.
     ``heads`` / ``neurons``: target ``blocks.<i>``; the slot holds a mask of query heads / MLP neurons, 1 = computed,
-    from entry ``offset`` on, so that one slot may serve many blocks. Keys and values are always written.
+    from entry ``offset`` on, so that one slot may serve many blocks. Keys and values are always written. ``expected``
+    is the share of them that is expected to be computed, where that is known: engines lay out weights for it.
     ``input_threshold``: target a unit; inputs x with ``|x| * factors`` at most the slot's value are left out.
     ``factors`` is float32 (in,), and 1 where it is not given.
     ``path``: target ``blocks.<i>``; the slot holds one of ``PATH_*``. Keys and values are still written.
@@ -268,6 +269,7 @@ class Consumer:
     widths: tuple[int, ...] = ()
     levels: tuple[int, ...] = ()
     offset: int = 0
+    expected: float | None = None
     factors: np.ndarray | None = field(default=None, compare=False)
 
     def bits(self, values: np.ndarray) -> np.ndarray:
@@ -333,6 +335,8 @@ class Plan:
                 raise EngineError(
                     f"Only heads and neurons have an offset, {consumer.kind} of {consumer.target} has one."
                 )
+            if consumer.expected is not None and not 0 <= consumer.expected <= 1:
+                raise EngineError(f"The expected share of {consumer.target} must be 0 to 1, got {consumer.expected}.")
             if consumer.factors is not None and consumer.kind != "input_threshold":
                 raise EngineError(f"Only input_threshold takes factors, {consumer.kind} of {consumer.target} has them.")
         for decider in self.deciders:
