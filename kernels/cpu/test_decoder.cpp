@@ -1100,9 +1100,9 @@ void predictors() {
   CHECK_THROWS(std::invalid_argument, p.set_thresholds({1, 2}));
   CHECK_THROWS(std::invalid_argument, p.mask(kernels(Isa::portable), tap.data(), width - 1, 7));
   source.groups = {0, 50, 5, size};
-  CHECK_THROWS(std::invalid_argument, Predictor(source));
+  CHECK_THROWS(std::invalid_argument, Predictor{source});
   source.groups = {0, 5, 50, size}, source.floors = {6, 0, 0};
-  CHECK_THROWS(std::invalid_argument, Predictor(source));
+  CHECK_THROWS(std::invalid_argument, Predictor{source});
 }
 
 void threads_and_lifetimes(bool quick) {
