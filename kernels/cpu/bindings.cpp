@@ -16,6 +16,7 @@
 #include <string>
 
 #include "decoder.hpp"
+#include "predictor.hpp"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -27,6 +28,8 @@ using wb::Sequence;
 
 template <class T, class... Extra>
 using In = nb::ndarray<const T, nb::numpy, nb::c_contig, nb::device::cpu, Extra...>;
+using Bytes1 = In<std::uint8_t, nb::ndim<1>>;
+using Signed2 = In<std::int8_t, nb::ndim<2>>;
 using Bytes2 = In<std::uint8_t, nb::ndim<2>>;
 using Halves2 = In<std::uint16_t, nb::ndim<2>>;
 using Floats1 = In<float, nb::ndim<1>>;
@@ -261,9 +264,39 @@ class Engine {
   }
 };
 
-nb::tuple trace_row(const wb::RowTrace& row) {
+// A mask as an array that shares its memory; it may not be written to.
+nb::object mask_array(const wb::Mask& mask) {
+  const auto* held = new wb::Mask(mask);
+  nb::capsule owner(held, [](void* p) noexcept { delete static_cast<wb::Mask*>(p); });
+  const std::size_t n = mask->size();
+  return nb::cast(nb::ndarray<nb::numpy, const std::uint8_t>(mask->data(), 1, &n, owner));
+}
+
+wb::Mask as_mask(const Bytes1& values, const wb::Decider& decider) {
+  if (!decider.program->is_mask() || values.shape(0) != static_cast<std::size_t>(decider.program->size()))
+    throw std::invalid_argument("A slot's mask has the wrong size.");
+  return std::make_shared<const std::vector<std::uint8_t>>(values.data(), values.data() + values.shape(0));
+}
+
+nb::tuple trace_row(const Sequence& sequence, std::size_t i) {
+  const wb::RowTrace& row = sequence.trace.at(i);
+  nb::list masks;
+  for (const auto& mask : row.masks) masks.append(mask_array(mask));
   return nb::make_tuple(row.position, row.token, row.seconds, row.read_bytes, row.touched_bytes,
-                        nb::make_tuple(row.parts[0], row.parts[1], row.parts[2], row.parts[3], row.parts[4]), row.decisions, row.integers.clamped, row.integers.beyond);
+                        nb::make_tuple(row.parts[0], row.parts[1], row.parts[2], row.parts[3], row.parts[4]), row.values, masks, row.integers.clamped,
+                        row.integers.beyond, row.kept_weights);
+}
+
+wb::Decider decider_at(const std::string& tap, int block, const std::string& scope, int every, float initial, double bytes) {
+  wb::Decider d;
+  const char* const taps[wb::kTaps] = {"residual", "block_input", "attention_output", "mlp_input", "mlp_inner"};
+  const auto found = std::find(std::begin(taps), std::end(taps), tap);
+  if (found == std::end(taps)) throw std::invalid_argument("Unknown tap '" + tap + "'.");
+  d.tap = static_cast<wb::TapKind>(found - std::begin(taps));
+  d.bytes = bytes;
+  d.scope = scope == "reply" ? wb::ScopeKind::reply : scope == "every" ? wb::ScopeKind::every : wb::ScopeKind::token;
+  d.block = block, d.every = std::max(every, 1), d.initial = initial;
+  return d;
 }
 
 // Bytes per second of reading `bytes` with all threads of a pool, best of `repeats`.
@@ -326,9 +359,10 @@ NB_MODULE(_cpu, m) {
       "group_product",
       [](Bytes2 packed, int in, int bits, int group, std::optional<Halves2> scales16, std::optional<Floats2> scales32, std::optional<Bytes2> zeros,
          std::optional<Halves2> minima16, std::optional<Floats2> minima32, bool planes, std::vector<Width> widths, Floats2 x, int read_bits, bool exact,
-         const std::string& isa) {
+         const std::string& isa, std::optional<std::vector<int>> listed) {
         wb::Arena arena;
-        const auto source = group_source(packed, in, bits, group, scales16, scales32, zeros, minima16, minima32, planes, !widths.empty());
+        auto source = group_source(packed, in, bits, group, scales16, scales32, zeros, minima16, minima32, planes, !widths.empty());
+        source.by_row = listed.has_value();
         wb::Matrix w = wb::make_groups(arena, checked(packed.shape(0)), in, source);
         for (const auto& [at, scales, points] : widths) {
           check_width(w, at, scales, points);
@@ -340,14 +374,15 @@ NB_MODULE(_cpu, m) {
         if (x.shape(1) != static_cast<std::size_t>(in)) throw std::invalid_argument("x does not fit the codes' shape.");
         const std::size_t width = static_cast<std::size_t>(w.tiles) * wb::kRows;
         wb::Array<float> y(n * width), space(n * static_cast<std::size_t>(at.padded + at.n_blocks + at.n_groups));
-        wb::Array<std::int8_t> q(n * static_cast<std::size_t>(at.padded));
+        const std::size_t q_stride = wb::round_up(static_cast<std::size_t>(at.padded), wb::kPieceChannels);
+        wb::Array<std::int8_t> q(n * q_stride);
         wb::Array<std::uint8_t> active(n * static_cast<std::size_t>(at.n_blocks));
         std::vector<wb::Activation> rows(n);
         std::vector<float*> to(n);
         for (std::size_t i = 0; i < n; ++i) {
           float* scale = space.data() + i * static_cast<std::size_t>(at.padded + at.n_blocks + at.n_groups);
           float *sum = scale + at.n_blocks, *copy = sum + at.n_groups;
-          std::int8_t* codes = q.data() + i * static_cast<std::size_t>(at.padded);
+          std::int8_t* codes = q.data() + i * q_stride;
           std::uint8_t* is_active = active.data() + i * static_cast<std::size_t>(at.n_blocks);
           const float* from = x.data() + i * static_cast<std::size_t>(in);
           if (exact) k.pad(at, from, copy, sum, is_active);
@@ -355,13 +390,19 @@ NB_MODULE(_cpu, m) {
           rows[i] = {copy, codes, nullptr, scale, sum, is_active};
           to[i] = y.data() + i * width;
         }
-        (exact ? k.groups_f32 : k.groups_int8)(w, read_bits, rows.data(), checked(n), to.data(), false, 0, w.tiles);
+        if (listed) {
+          for (const int row : *listed)
+            if (row < 0 || row >= w.out) throw std::invalid_argument("A listed row is not there.");
+          (exact ? k.rows_f32 : k.rows_int8)(w, rows.data(), checked(n), to.data(), listed->data(), checked(listed->size()));
+        } else {
+          (exact ? k.groups_f32 : k.groups_int8)(w, read_bits, rows.data(), checked(n), to.data(), false, 0, w.tiles);
+        }
         std::vector<float> result;
         for (std::size_t i = 0; i < n; ++i) result.insert(result.end(), to[i], to[i] + packed.shape(0));
         return new_array({n, packed.shape(0)}, result.data());
       },
       "packed"_a, "inputs"_a, "bits"_a, "group_size"_a, "scales16"_a.none(), "scales32"_a.none(), "zeros"_a.none(), "minima16"_a.none(),
-      "minima32"_a.none(), "planes"_a, "widths"_a, "x"_a, "read_bits"_a, "exact"_a, "isa"_a);
+      "minima32"_a.none(), "planes"_a, "widths"_a, "x"_a, "read_bits"_a, "exact"_a, "isa"_a, "listed"_a.none() = nb::none());
 
   // The same by tables, with fp32 activations.
   m.def(
@@ -433,18 +474,35 @@ NB_MODULE(_cpu, m) {
       .def_prop_ro("cache_bytes", &Sequence::cache_bytes)
       .def_rw("prompt_length", &Sequence::prompt_length)
       .def("trace_length", [](const Sequence& s) { return s.trace.size(); })
-      .def("trace_row", [](const Sequence& s, std::size_t i) { return trace_row(s.trace.at(i)); })
-      .def("fix", [](Sequence& s, const Engine& engine, int slot, Floats1 values) {
+      .def("trace_row", &trace_row)
+      .def("fix", [](Sequence& s, const Engine& engine, int slot, float value) {
         const auto& decider = engine.decoder.deciders().at(static_cast<std::size_t>(slot));
-        if (values.shape(0) != static_cast<std::size_t>(decider.program->size())) throw std::invalid_argument("A slot's value has the wrong size.");
-        std::copy(values.data(), values.data() + values.shape(0), s.held.fixed.begin() + decider.first);
+        if (decider.program->is_mask()) throw std::invalid_argument("The slot holds a mask.");
+        s.held.fixed.at(static_cast<std::size_t>(decider.place)) = value;
         s.held.is_fixed[static_cast<std::size_t>(slot)] = 1;
       })
-      .def("replay", [](Sequence& s, const Engine& engine, Floats2 rows) {
-        if (rows.shape(1) != static_cast<std::size_t>(engine.decoder.slot_width()) || rows.shape(0) == 0)
-          throw std::invalid_argument("Recorded decisions need a row of slot values per position.");
-        s.held.replay.assign(rows.data(), rows.data() + rows.shape(0) * rows.shape(1));
-        s.held.replay_rows = checked(rows.shape(0));
+      .def("fix_mask", [](Sequence& s, const Engine& engine, int slot, Bytes1 values) {
+        const auto& decider = engine.decoder.deciders().at(static_cast<std::size_t>(slot));
+        s.held.fixed_masks.at(static_cast<std::size_t>(decider.place)) = as_mask(values, decider);
+        s.held.is_fixed[static_cast<std::size_t>(slot)] = 1;
+      })
+      // Values of all slots that hold numbers, a row per position; by slot with a mask: its masks, and which of them a position has.
+      .def("replay", [](Sequence& s, const Engine& engine, Floats2 values, std::vector<std::tuple<int, std::vector<Bytes1>, std::vector<int>>> masks) {
+        const std::size_t n = values.shape(0), n_masks = static_cast<std::size_t>(engine.decoder.n_masks());
+        if (values.shape(1) != static_cast<std::size_t>(engine.decoder.n_values()) || n == 0 || masks.size() != n_masks)
+          throw std::invalid_argument("Recorded decisions need a value of every slot per position.");
+        s.held.replay.assign(values.data(), values.data() + n * values.shape(1));
+        s.held.replay_masks.assign(n * n_masks, nullptr);
+        for (const auto& [slot, given, which] : masks) {
+          const auto& decider = engine.decoder.deciders().at(static_cast<std::size_t>(slot));
+          std::vector<wb::Mask> made;
+          for (const auto& mask : given) made.push_back(as_mask(mask, decider));
+          if (which.size() != n) throw std::invalid_argument("Recorded masks need one for every position.");
+          for (std::size_t i = 0; i < n; ++i) s.held.replay_masks[i * n_masks + static_cast<std::size_t>(decider.place)] = made.at(static_cast<std::size_t>(which[i]));
+        }
+        for (const auto& mask : s.held.replay_masks)
+          if (mask == nullptr) throw std::invalid_argument("Recorded decisions lack a slot's masks.");
+        s.held.replay_rows = checked(n);
       });
 
   nb::class_<Engine>(m, "Engine")
@@ -472,16 +530,18 @@ NB_MODULE(_cpu, m) {
           "set_groups",
           [](Engine& e, const std::string& name, Bytes2 packed, int in, int bits, int group, std::optional<Halves2> scales16,
              std::optional<Floats2> scales32, std::optional<Bytes2> zeros, std::optional<Halves2> minima16, std::optional<Floats2> minima32,
-             bool planes, std::vector<Width> widths, int block) {
-            e.decoder.set_groups(name, checked(packed.shape(0)), in,
-                                 group_source(packed, in, bits, group, scales16, scales32, zeros, minima16, minima32, planes, !widths.empty(), block));
+             bool planes, std::vector<Width> widths, int block, bool by_row) {
+            auto source = group_source(packed, in, bits, group, scales16, scales32, zeros, minima16, minima32, planes, !widths.empty(), block);
+            source.by_row = by_row;
+            e.decoder.set_groups(name, checked(packed.shape(0)), in, source);
             for (const auto& [at, scales, points] : widths) {
               check_width(e.decoder.matrix(name), at, scales, points);
               e.decoder.add_width(name, at, scales.data(), points.data(), points.shape(1));
             }
           },
           "name"_a, "packed"_a, "inputs"_a, "bits"_a, "group_size"_a, "scales16"_a.none() = nb::none(), "scales32"_a.none() = nb::none(),
-          "zeros"_a.none() = nb::none(), "minima16"_a.none() = nb::none(), "minima32"_a.none() = nb::none(), "planes"_a = false, "widths"_a = std::vector<Width>(), "block"_a = wb::kBlock)
+          "zeros"_a.none() = nb::none(), "minima16"_a.none() = nb::none(), "minima32"_a.none() = nb::none(), "planes"_a = false, "widths"_a = std::vector<Width>(), "block"_a = wb::kBlock,
+          "by_row"_a = false)
       .def(
           "set_tables",
           [](Engine& e, const std::string& name, Bytes2 packed, int in, int bits, std::vector<Table> tables) {
@@ -497,8 +557,8 @@ NB_MODULE(_cpu, m) {
             e.decoder.set_integer(name, checked(packed.shape(0)), input, integer_source(input, packed, scales));
           },
           "name"_a, "input"_a, "packed"_a, "scales"_a)
-      .def("set_f32", [](Engine& e, const std::string& name, Floats2 w) { e.decoder.set_f32(name, checked(w.shape(0)), checked(w.shape(1)), w.data()); })
-      .def("set_bf16", [](Engine& e, const std::string& name, Halves2 w) { e.decoder.set_bf16(name, checked(w.shape(0)), checked(w.shape(1)), w.data()); })
+      .def("set_f32", [](Engine& e, const std::string& name, Floats2 w, bool by_row) { e.decoder.set_f32(name, checked(w.shape(0)), checked(w.shape(1)), w.data(), by_row); }, "name"_a, "weight"_a, "by_row"_a = false)
+      .def("set_bf16", [](Engine& e, const std::string& name, Halves2 w, bool by_row) { e.decoder.set_bf16(name, checked(w.shape(0)), checked(w.shape(1)), w.data(), by_row); }, "name"_a, "weight"_a, "by_row"_a = false)
       .def("set_vector", [](Engine& e, const std::string& name, Floats1 v) { e.decoder.set_vector(name, v.data(), v.shape(0)); })
       .def("add_rope", [](Engine& e, Floats1 f, float factor) { return e.decoder.add_rope({f.data(), f.data() + f.shape(0)}, factor); })
       .def("set_attention", [](Engine& e, int block, int rope, int window) { e.decoder.set_attention(block, rope, window); })
@@ -509,14 +569,7 @@ NB_MODULE(_cpu, m) {
            [](Engine& e, const std::string& tap, int block, const std::string& scope, int every, float initial, const std::string& program,
               std::vector<float> numbers, std::optional<Floats2> matrix, std::vector<int> positions, double bytes, std::vector<float> thresholds,
               std::vector<float> values, int first) {
-             wb::Decider d;
-             const char* const taps[wb::kTaps] = {"residual", "block_input", "attention_output", "mlp_input", "mlp_inner"};
-             const auto found = std::find(std::begin(taps), std::end(taps), tap);
-             if (found == std::end(taps)) throw std::invalid_argument("Unknown tap '" + tap + "'.");
-             d.tap = static_cast<wb::TapKind>(found - std::begin(taps));
-             d.bytes = bytes;
-             d.scope = scope == "reply" ? wb::ScopeKind::reply : scope == "every" ? wb::ScopeKind::every : wb::ScopeKind::token;
-             d.block = block, d.every = std::max(every, 1), d.initial = initial;
+             wb::Decider d = decider_at(tap, block, scope, every, initial, bytes);
              wb::Levels levels{std::move(thresholds), std::move(values), first};
              if (program == "norm_levels") d.program = wb::norm_levels(std::move(levels));
              else if (program == "projection_mask" && matrix && numbers.size() == 1)
@@ -533,14 +586,37 @@ NB_MODULE(_cpu, m) {
                d.program = wb::projection_levels(codes, std::move(scales), std::move(levels));
              } else if (program == "linear_levels" && matrix && numbers.size() == 2)
                d.program = wb::linear_levels({matrix->data(), matrix->data() + matrix->shape(1)}, numbers[0], numbers[1] != 0, std::move(levels));
-             else if (program == "position_table") d.program = wb::position_table(std::move(positions), std::move(numbers));
+             else if (program == "threshold" && levels.thresholds.size() == 1) d.program = wb::threshold(levels.thresholds[0], first);
+             else if (program == "constant_mask" && matrix) {
+               std::vector<std::uint8_t> mask;
+               for (std::size_t i = 0; i < matrix->shape(1); ++i) mask.push_back(matrix->data()[i] != 0.0f);
+               d.program = wb::constant_mask(std::move(mask), first);
+             } else if (program == "position_table") d.program = wb::position_table(std::move(positions), std::move(numbers));
              else throw std::invalid_argument("Unknown program '" + program + "'.");
              e.decoder.add_decider(std::move(d));
            },
            "tap"_a, "block"_a, "scope"_a, "every"_a, "initial"_a, "program"_a, "numbers"_a, "matrix"_a.none(), "positions"_a, "bytes"_a, "thresholds"_a, "values"_a, "first"_a)
+      .def("add_predictor",
+           [](Engine& e, const std::string& tap, int block, const std::string& scope, int every, float initial, double bytes, Signed2 hidden,
+              Floats1 hidden_steps, Floats1 hidden_bias, Signed2 rows, Floats1 row_steps, Floats1 mean, std::vector<int> groups,
+              std::vector<float> thresholds, std::vector<int> floors, int first) {
+             wb::PredictorSource p;
+             p.width = checked(hidden.shape(1)), p.hidden_units = checked(hidden.shape(0)), p.size = checked(rows.shape(0));
+             shape("hidden steps and biases", hidden_steps.shape(0), hidden_bias.shape(0), hidden.shape(0), hidden.shape(0));
+             shape("rows", rows.shape(1), mean.shape(0), hidden.shape(0), rows.shape(0));
+             shape("row steps", row_steps.shape(0), 0, rows.shape(0), 0);
+             p.hidden = hidden.data(), p.hidden_steps = hidden_steps.data(), p.hidden_bias = hidden_bias.data();
+             p.rows = rows.data(), p.row_steps = row_steps.data(), p.mean = mean.data();
+             p.groups = std::move(groups), p.thresholds = std::move(thresholds), p.floors = std::move(floors), p.first = first;
+             wb::Decider d = decider_at(tap, block, scope, every, initial, bytes);
+             d.program = std::make_unique<wb::Predictor>(p);
+             e.decoder.add_decider(std::move(d));
+           },
+           nb::kw_only(), "tap"_a, "block"_a, "scope"_a, "every"_a, "initial"_a, "bytes"_a, "hidden"_a, "hidden_steps"_a, "hidden_bias"_a, "rows"_a,
+           "row_steps"_a, "mean"_a, "groups"_a, "thresholds"_a, "floors"_a, "first"_a)
       .def("set_thresholds", [](Engine& e, int slot, std::vector<float> thresholds) { e.decoder.set_thresholds(slot, std::move(thresholds)); })
-      .def("add_consumer", [](Engine& e, int slot, const std::string& kind, const std::string& target, std::vector<int> widths, std::vector<int> levels) {
-        e.decoder.add_consumer(slot, kind, target, std::move(widths), std::move(levels));
+      .def("add_consumer", [](Engine& e, int slot, const std::string& kind, const std::string& target, std::vector<int> widths, std::vector<int> levels, int offset) {
+        e.decoder.add_consumer(slot, kind, target, std::move(widths), std::move(levels), offset);
       })
       .def("finish", [](Engine& e) { e.decoder.finish(); })
       .def("prefill", &Engine::prefill)

@@ -15,9 +15,10 @@ Sequence::Sequence(Decoder& decoder) : owner_(&decoder) {
   value_bytes_ = item * static_cast<std::size_t>(s.kv_heads) * kPiece * static_cast<std::size_t>(padded(s.head_dim));
   keys_.resize(static_cast<std::size_t>(s.blocks));
   values_.resize(static_cast<std::size_t>(s.blocks));
-  const auto width = static_cast<std::size_t>(decoder.slot_width());
-  held.values.assign(width, 0.0f);
-  held.fixed.assign(width, 0.0f);
+  held.values.assign(static_cast<std::size_t>(decoder.n_values()), 0.0f);
+  held.fixed.assign(static_cast<std::size_t>(decoder.n_values()), 0.0f);
+  held.masks.resize(static_cast<std::size_t>(decoder.n_masks()));
+  held.fixed_masks.resize(static_cast<std::size_t>(decoder.n_masks()));
   held.made.assign(decoder.deciders().size(), 0);
   held.is_fixed.assign(decoder.deciders().size(), 0);
 }
@@ -99,15 +100,15 @@ void Decoder::set_integer(const std::string& name, int out, const IntegerInput& 
   layer.present = true;
 }
 
-void Decoder::set_f32(const std::string& name, int out, int in, const float* rows) {
+void Decoder::set_f32(const std::string& name, int out, int in, const float* rows, bool by_row) {
   LinearLayer& layer = linear(name);
-  layer.w = make_f32(arena_, out, in, rows);
+  layer.w = make_f32(arena_, out, in, rows, by_row);
   layer.present = true;
 }
 
-void Decoder::set_bf16(const std::string& name, int out, int in, const std::uint16_t* rows) {
+void Decoder::set_bf16(const std::string& name, int out, int in, const std::uint16_t* rows, bool by_row) {
   LinearLayer& layer = linear(name);
-  layer.w = make_bf16(arena_, out, in, rows);
+  layer.w = make_bf16(arena_, out, in, rows, by_row);
   layer.present = true;
 }
 
@@ -147,10 +148,10 @@ void Decoder::add_decider(Decider decider) {
   if (finished_) throw std::logic_error("This decoder is complete: nothing can be added.");
   if (decider.block < 0 || decider.block >= spec_.blocks) throw std::invalid_argument("A decider reads a block that is not there.");
   if (decider.scope == ScopeKind::every && decider.every < 1) throw std::invalid_argument("A decider decides every 1 or more positions.");
-  decider.first = slot_width_;
-  slot_width_ += decider.program->size();
+  decider.place = decider.program->is_mask() ? n_masks_++ : n_values_++;
   if (decider.scope != ScopeKind::reply) decider_bytes_ += decider.bytes / (decider.scope == ScopeKind::every ? decider.every : 1);
-  blocks_[static_cast<std::size_t>(decider.block)].deciders[static_cast<std::size_t>(decider.tap)].push_back(static_cast<int>(deciders_.size()));
+  if (!decides_early(decider))
+    blocks_[static_cast<std::size_t>(decider.block)].deciders[static_cast<std::size_t>(decider.tap)].push_back(static_cast<int>(deciders_.size()));
   deciders_.push_back(std::move(decider));
 }
 
@@ -158,7 +159,7 @@ void Decoder::set_thresholds(int slot, std::vector<float> thresholds) {
   deciders_.at(static_cast<std::size_t>(slot)).program->set_thresholds(std::move(thresholds));
 }
 
-void Decoder::add_consumer(int slot, const std::string& kind, const std::string& target, std::vector<int> widths, std::vector<int> levels) {
+void Decoder::add_consumer(int slot, const std::string& kind, const std::string& target, std::vector<int> widths, std::vector<int> levels, int offset) {
   if (finished_) throw std::logic_error("This decoder is complete: nothing can be added.");
   std::sort(widths.begin(), widths.end());  // a width named twice must not be added twice
   widths.erase(std::unique(widths.begin(), widths.end()), widths.end());
@@ -173,10 +174,17 @@ void Decoder::add_consumer(int slot, const std::string& kind, const std::string&
     if (place >= 0) throw std::invalid_argument("Two consumers of kind " + kind + " act on " + target + ": the engine takes one.");
     if (size != expected)
       throw std::invalid_argument("The slot of " + kind + " on " + target + " has " + std::to_string(size) + " values where " + std::to_string(expected) + " are needed.");
-    place = decider.first;
+    if (decider.program->is_mask()) throw std::invalid_argument("The slot of " + kind + " on " + target + " is a mask where a number is needed.");
+    place = decider.place;
   };
-  if (kind == "heads") claim(b.heads_slot, spec_.heads);
-  else if (kind == "neurons") claim(b.neurons_slot, spec_.neurons);
+  const auto claim_part = [&](MaskPart& part, int needed) {
+    if (part) throw std::invalid_argument("Two consumers of kind " + kind + " act on " + target + ": the engine takes one.");
+    if (!decider.program->is_mask() || offset < 0 || offset + needed > size)
+      throw std::invalid_argument("The slot of " + kind + " on " + target + " is no mask of " + std::to_string(needed) + " entries from " + std::to_string(offset) + " on.");
+    part = {decider.place, offset, needed};
+  };
+  if (kind == "heads") claim_part(b.heads, spec_.heads);
+  else if (kind == "neurons") claim_part(b.neurons, spec_.neurons);
   else if (kind == "path") claim(b.path_slot, 1);
   else if (kind == "width" || kind == "input_threshold") {
     const char* const units[] = {"qkv", "o", "gate_up", "down"};
@@ -275,6 +283,7 @@ void Decoder::finish() {
     for (int bits = 0; bits <= 8; ++bits) layer.bytes[static_cast<std::size_t>(bits)] = static_cast<double>(layer.w.read_bytes(bits));
   };
   need(*embedding_, "embedding", s.vocab, s.hidden);
+  if (embedding_->w.by_row || output_->w.by_row) throw std::invalid_argument("The embedding and the output layer do not lie by row.");
   complete(*embedding_);
   if (output_->present) {
     need(*output_, "output", s.vocab, s.hidden);
@@ -292,7 +301,11 @@ void Decoder::finish() {
       bias_of(at + role, *layer);
       complete(*layer);
       linear_bytes_ += layer->bytes[0];
+      linear_weights_ += static_cast<double>(out) * in;
     }
+    if (b.q.w.by_row || b.k.w.by_row || b.v.w.by_row || b.o.w.by_row || b.down.w.by_row || (s.gated && b.gate.w.by_row != b.up.w.by_row) ||
+        (b.up.w.by_row && b.up.width_slot >= 0))
+      throw std::invalid_argument("Only gate and up lie by row, both of them, and at one width.");
     b.input = norm_of(at + "input", s.hidden, !s.layer_norm);
     b.pre_mlp = norm_of(at + "pre_mlp", s.hidden, !s.layer_norm);
     b.post_attention = norm_of(at + "post_attention", s.hidden, false);
@@ -348,6 +361,7 @@ void Decoder::run(const std::vector<Feed>& feeds, Logits logits, const Visit& vi
   for (auto& s : pass.scores) s.resize(kQueries * (round_up(static_cast<std::size_t>(highest) + 16, 16) + static_cast<std::size_t>(padded(spec_.head_dim))));
   std::fill(pass.integers.begin(), pass.integers.begin() + n, IntegerCounts{});
   std::fill(pass.read.begin(), pass.read.begin() + n, has_consumers_ ? decider_bytes_ : linear_bytes_);
+  std::fill(pass.used.begin(), pass.used.begin() + n, has_consumers_ ? 0.0 : linear_weights_);
   pass.parts = {};
   laps_ = 0;
   pass.bad_width.store(0);
@@ -381,8 +395,11 @@ void Decoder::run(const std::vector<Feed>& feeds, Logits logits, const Visit& vi
       for (std::size_t p = 0; p < kParts; ++p) row.parts[p] = pass.parts[p] / n;
       row.touched_bytes = touched / n;
       row.integers = pass.integers[static_cast<std::size_t>(r)];
-      const float* values = pass.slots.data() + static_cast<std::size_t>(r) * static_cast<std::size_t>(slot_width_);
-      row.decisions.assign(values, values + slot_width_);
+      row.kept_weights = pass.used[static_cast<std::size_t>(r)] / linear_weights_;
+      const float* values = pass.slots.data() + static_cast<std::size_t>(r) * static_cast<std::size_t>(n_values_);
+      const Mask* masks = pass.masks.data() + static_cast<std::size_t>(r) * static_cast<std::size_t>(n_masks_);
+      row.values.assign(values, values + n_values_);
+      row.masks.assign(masks, masks + n_masks_);
       feed.sequence->trace.push_back(std::move(row));
       feed.sequence->tokens.push_back(feed.tokens[i]);
     }

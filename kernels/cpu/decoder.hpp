@@ -56,7 +56,9 @@ struct RowTrace {
   std::array<double, kParts> parts{};  // seconds, likewise shared
   IntegerCounts integers;        // of the inputs of integer products, each unit's once
   double touched_bytes = 0;      // everything the pass read: linears, output layer, cache; shared evenly
-  std::vector<float> decisions;  // one value or mask after the other, in the order of the deciders
+  double kept_weights = 1;       // share of the blocks' weights that this row used
+  std::vector<float> values;     // what was decided, by the deciders' places
+  std::vector<Mask> masks;
 };
 
 class Decoder;
@@ -99,8 +101,9 @@ class Decoder {
   void add_table(const std::string& name, int bits, const std::uint16_t* table);
   const Matrix& matrix(const std::string& name);
   void set_integer(const std::string& name, int out, const IntegerInput& input, const IntegerSource& source);
-  void set_f32(const std::string& name, int out, int in, const float* rows);
-  void set_bf16(const std::string& name, int out, int in, const std::uint16_t* rows);
+  // `by_row`: laid out for products of some rows; of gate and up alone, which a mask of neurons reads.
+  void set_f32(const std::string& name, int out, int in, const float* rows, bool by_row = false);
+  void set_bf16(const std::string& name, int out, int in, const std::uint16_t* rows, bool by_row = false);
   void set_vector(const std::string& name, const float* values, std::size_t n);
   int add_rope(std::vector<float> frequencies, float factor);
   void set_attention(int block, int rope, int window);  // rope -1: none; window 0: all positions
@@ -109,7 +112,8 @@ class Decoder {
   void add_decider(Decider decider);
   // Of a decider's program, at any time between two passes.
   void set_thresholds(int slot, std::vector<float> thresholds);
-  void add_consumer(int slot, const std::string& kind, const std::string& target, std::vector<int> widths, std::vector<int> levels = {});
+  // `offset`: the entry of a mask that heads and neurons begin at.
+  void add_consumer(int slot, const std::string& kind, const std::string& target, std::vector<int> widths, std::vector<int> levels = {}, int offset = 0);
   void finish();
 
   // Running. One call at a time; sequences must be of this decoder.
@@ -128,7 +132,8 @@ class Decoder {
   void set_tap(Tap tap) { tap_ = std::move(tap); }
 
   const DecoderSpec& spec() const { return spec_; }
-  int slot_width() const { return slot_width_; }
+  int n_values() const { return n_values_; }  // slots that hold a number, and those that hold a mask
+  int n_masks() const { return n_masks_; }
   const std::vector<Decider>& deciders() const { return deciders_; }
   std::size_t weight_bytes() const { return arena_.used(); }
   double output_bytes() const;
@@ -149,6 +154,8 @@ class Decoder {
   LinearLayer& linear(const std::string& name);
   const float* vector(const std::string& name, std::size_t n, bool required) const;
   int format_of(const LinearLayer& layer);
+  // Whether a decision needs no tap and is not held: it is taken when a pass begins.
+  static bool decides_early(const Decider& decider) { return decider.scope == ScopeKind::token && !decider.program->reads_tap(); }
 
   DecoderSpec spec_;
   const Kernels* k_;
@@ -160,9 +167,9 @@ class Decoder {
   std::vector<std::pair<std::vector<float>, float>> ropes_;
   std::vector<Decider> deciders_;
   std::vector<Format> formats_;
-  int slot_width_ = 0;
+  int n_values_ = 0, n_masks_ = 0;
   bool has_consumers_ = false, finished_ = false;
-  double linear_bytes_ = 0, decider_bytes_ = 0;
+  double linear_bytes_ = 0, decider_bytes_ = 0, linear_weights_ = 0;
   int laps_ = 0;
   Tap tap_;
   std::unique_ptr<Pass> pass_;

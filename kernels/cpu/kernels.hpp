@@ -40,6 +40,12 @@ struct Kernels {
   Product groups_f32;   // fp32 activations; tables too, at widths that have one
   Product dense_f32;    // fp32 or bf16 weights, fp32 activations
   Product dense_bf16;   // bf16 weights, bf16 activations
+  // y[i][row] = W x[i] at rows of a matrix that lies by row, for the n_listed rows that are listed.
+  using Rows = void (*)(const Matrix& w, const Activation* x, int n, float* const* y, const int* listed, int n_listed);
+  Rows rows_int8;
+  Rows rows_f32;        // group codes
+  Rows rows_dense_f32;
+  Rows rows_dense_bf16;
   Product integer;      // integer codes and activations, sums exact
   // Round a row at a position: codes (laid_out), scale and offset (parts), and what was clamped or beyond calibration.
   // NaN and infinity give a NaN scale.

@@ -4,6 +4,7 @@
 #include "attention_impl.hpp"
 #include "integer_impl.hpp"
 #include "products_impl.hpp"
+#include "rows_impl.hpp"
 #include "vectors_impl.hpp"
 
 namespace wb {
@@ -18,6 +19,10 @@ constexpr Kernels make_kernels(Isa isa) {
   k.groups_f32 = groups_f32<V>;
   k.dense_f32 = dense_f32<V>;
   k.dense_bf16 = dense_bf16<V>;
+  k.rows_int8 = rows_groups<V, false>;
+  k.rows_f32 = rows_groups<V, true>;
+  k.rows_dense_f32 = rows_dense_f32<V>;
+  k.rows_dense_bf16 = rows_dense_bf16<V>;
   k.integer = integer<V>;
   k.quantize_integer = quantize_integer<V>;
   k.rms_norm = rms_norm<V>;

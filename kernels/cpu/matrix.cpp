@@ -53,6 +53,35 @@ unsigned get_packed(const std::uint8_t* chunk, int bits, int r, int c) {
   return code;
 }
 
+// Put the code of a row's padded channel into the pieces of the row, or get it.
+void put_in_row(std::uint8_t* row, int bits, int place, unsigned code) {
+  std::uint8_t* piece = row + static_cast<std::size_t>(place / kPieceChannels) * 8 * static_cast<std::size_t>(bits);
+  const int c = place % kPieceChannels;
+  if (bits == 8) {
+    piece[c] = static_cast<std::uint8_t>(code);
+    return;
+  }
+  if (bits >= 4) {
+    piece[c % 32] |= static_cast<std::uint8_t>((code & 15u) << (4 * (c / 32)));
+    code >>= 4, bits -= 4, piece += 32;
+  }
+  for (int plane = 0; plane < bits; ++plane) piece[8 * plane + c / 8] |= static_cast<std::uint8_t>(((code >> plane) & 1u) << (c % 8));
+}
+
+unsigned get_from_row(const std::uint8_t* row, int bits, int place) {
+  const std::uint8_t* piece = row + static_cast<std::size_t>(place / kPieceChannels) * 8 * static_cast<std::size_t>(bits);
+  const int c = place % kPieceChannels;
+  if (bits == 8) return piece[c];
+  unsigned code = 0;
+  int shift = 0;
+  if (bits >= 4) {
+    code = (piece[c % 32] >> (4 * (c / 32))) & 15u;
+    shift = 4, piece += 32;
+  }
+  for (int plane = 0; plane < bits - shift; ++plane) code |= ((piece[8 * plane + c / 8] >> (c % 8)) & 1u) << (shift + plane);
+  return code;
+}
+
 unsigned bits_at(const std::uint8_t* stream, std::size_t index, int bits) {
   const std::size_t at = index * static_cast<std::size_t>(bits);
   unsigned word = stream[at / 8];
@@ -70,14 +99,20 @@ Matrix sized(Kind kind, int out, int in) {
   return m;
 }
 
-// Spread a per-row, per-group table over lanes: [tile][group][16].
+// Where a group's entry of a row lies in tables: [tile][group][16], or [row][group].
+std::size_t lane_of(const Matrix& m, int row, int g) {
+  const auto groups = static_cast<std::size_t>(m.grouping.n_groups);
+  if (m.by_row) return static_cast<std::size_t>(row) * groups + static_cast<std::size_t>(g);
+  return (static_cast<std::size_t>(row / kRows) * groups + static_cast<std::size_t>(g)) * kRows + static_cast<std::size_t>(row % kRows);
+}
+
+// Spread a per-row, per-group table so; sixteen are read at once from any place.
 template <class T, class Get>
 T* lanes(Arena& arena, const Matrix& m, Get get) {
   const int groups = m.grouping.n_groups;
-  T* to = arena.take<T>(static_cast<std::size_t>(m.tiles) * groups * kRows);
+  T* to = arena.take<T>(static_cast<std::size_t>(m.tiles) * groups * kRows + kRows);
   for (int row = 0; row < m.out; ++row)
-    for (int g = 0; g < groups; ++g)
-      to[(static_cast<std::size_t>(row / kRows) * groups + g) * kRows + row % kRows] = get(row, g);
+    for (int g = 0; g < groups; ++g) to[lane_of(m, row, g)] = get(row, g);
   return to;
 }
 
@@ -133,6 +168,11 @@ Matrix make_groups(Arena& arena, int out, int in, const GroupSource& source) {
   const Grouping& at = m.grouping;
   const std::size_t chunks = static_cast<std::size_t>(at.padded) / kChunk;
   m.tile_bytes = chunks * (source.planes ? chunk_bytes(1) : chunk_bytes(bits));
+  m.by_row = source.by_row;
+  if (source.by_row && source.planes) throw std::invalid_argument("Planes do not lie row by row.");
+  // A group that is no whole number of pieces is read where its lanes begin: all pieces of the padded row, one after another.
+  if (source.by_row)
+    m.tile_bytes = kRows * round_up(static_cast<std::size_t>(at.padded), kPieceChannels) / 8 * static_cast<std::size_t>(bits);
   m.plane_bytes = source.planes ? m.tile_bytes * static_cast<std::size_t>(m.tiles) : 0;
   auto* codes = arena.take<std::uint8_t>(source.planes ? m.plane_bytes * static_cast<std::size_t>(bits)
                                                        : m.tile_bytes * static_cast<std::size_t>(m.tiles));
@@ -145,6 +185,10 @@ Matrix make_groups(Arena& arena, int out, int in, const GroupSource& source) {
               ? source.codes[static_cast<std::size_t>(row) * in + c]
               : bits_at(source.packed + static_cast<std::size_t>(row) * source.packed_row, static_cast<std::size_t>(c), bits);
       const int place = c / at.group * at.stride + c % at.group;
+      if (source.by_row) {
+        put_in_row(codes + static_cast<std::size_t>(row) * (m.tile_bytes / kRows), bits, place, code);
+        continue;
+      }
       const int chunk = place / kChunk, within = place % kChunk;
       if (!source.planes) {
         put_packed(tile + static_cast<std::size_t>(chunk) * chunk_bytes(bits), bits, r, within, code);
@@ -217,9 +261,25 @@ void add_table(Arena& arena, Matrix& m, int bits, const std::uint16_t* table) {
   m.tables[static_cast<std::size_t>(bits)] = to;
 }
 
-Matrix make_f32(Arena& arena, int out, int in, const float* rows) {
+// Dense rows side by side, each padded with zeros to whole vectors of 64 bytes.
+template <class T>
+void lay_rows(Arena& arena, Matrix& m, const T* rows) {
+  const std::size_t length = round_up(static_cast<std::size_t>(m.in), kAlign / sizeof(T));
+  m.by_row = true;
+  m.tile_bytes = length * sizeof(T) * kRows;
+  auto* to = arena.take<T>(static_cast<std::size_t>(m.tiles) * kRows * length);
+  for (int row = 0; row < m.out; ++row)
+    std::copy_n(rows + static_cast<std::size_t>(row) * static_cast<std::size_t>(m.in), m.in, to + static_cast<std::size_t>(row) * length);
+  m.codes = reinterpret_cast<const std::uint8_t*>(to);
+}
+
+Matrix make_f32(Arena& arena, int out, int in, const float* rows, bool by_row) {
   Matrix m = sized(Kind::f32, out, in);
   m.bits = 32;
+  if (by_row) {
+    lay_rows(arena, m, rows);
+    return m;
+  }
   m.tile_bytes = static_cast<std::size_t>(in) * kRows * 4;
   auto* to = arena.take<float>(static_cast<std::size_t>(m.tiles) * in * kRows);
   for (int row = 0; row < out; ++row)
@@ -230,9 +290,13 @@ Matrix make_f32(Arena& arena, int out, int in, const float* rows) {
 }
 
 // [tile][in / 2][16][2]: two neighbouring channels of a row side by side, as bf16 dot products take them.
-Matrix make_bf16(Arena& arena, int out, int in, const std::uint16_t* rows) {
+Matrix make_bf16(Arena& arena, int out, int in, const std::uint16_t* rows, bool by_row) {
   Matrix m = sized(Kind::bf16, out, in);
   m.bits = 16;
+  if (by_row) {
+    lay_rows(arena, m, rows);
+    return m;
+  }
   const std::size_t pairs = static_cast<std::size_t>(in + 1) / 2;
   m.tile_bytes = pairs * kRows * 4;
   auto* to = arena.take<std::uint16_t>(static_cast<std::size_t>(m.tiles) * pairs * kRows * 2);
@@ -248,6 +312,15 @@ void read_row(const Matrix& m, int row, float* to) {
   const std::size_t tile = static_cast<std::size_t>(row / kRows);
   const int r = row % kRows;
   const std::uint8_t* base = m.codes + tile * m.tile_bytes;
+  const std::uint8_t* own = base + static_cast<std::size_t>(r) * (m.tile_bytes / kRows);  // where rows are side by side
+  if (m.by_row && m.kind == Kind::f32) {
+    std::copy_n(reinterpret_cast<const float*>(own), m.in, to);
+    return;
+  }
+  if (m.by_row && m.kind == Kind::bf16) {
+    for (int c = 0; c < m.in; ++c) to[c] = bf16_to_float(reinterpret_cast<const std::uint16_t*>(own)[c]);
+    return;
+  }
   if (m.kind == Kind::f32) {
     const auto* w = reinterpret_cast<const float*>(base);
     for (int c = 0; c < m.in; ++c) to[c] = w[static_cast<std::size_t>(c) * kRows + r];
@@ -271,7 +344,7 @@ void read_row(const Matrix& m, int row, float* to) {
   }
   const Grouping& at = m.grouping;
   for (int g = 0; g < at.n_groups; ++g) {
-    const std::size_t lane = (tile * at.n_groups + g) * kRows + r;
+    const std::size_t lane = lane_of(m, row, g);
     const float scale = m.grid.scales16 != nullptr ? fp16_to_float(m.grid.scales16[lane]) : m.grid.scales32[lane];
     const float zero = m.grid.zero + (m.grid.zeros != nullptr ? m.grid.step * static_cast<float>(m.grid.zeros[lane]) : 0.0f);
     const float minimum = m.grid.minima16 != nullptr ? fp16_to_float(m.grid.minima16[lane])
@@ -279,7 +352,9 @@ void read_row(const Matrix& m, int row, float* to) {
     for (int c = 0; c < at.channels(g); ++c) {
       const int place = g * at.stride + c, chunk = place / kChunk, within = place % kChunk;
       unsigned code = 0;
-      if (m.kind == Kind::packed) {
+      if (m.by_row) {
+        code = get_from_row(own, m.bits, place);
+      } else if (m.kind == Kind::packed) {
         code = get_packed(base + static_cast<std::size_t>(chunk) * chunk_bytes(m.bits), m.bits, r, within);
       } else {
         const int byte = 4 * r + within % 4;

@@ -9,6 +9,11 @@
 //   crumbs (2, 3, 6, 7)   64 bytes: bits 2 m, 2 m + 1 of each byte are part m
 //   a plane (3, 5, 7)     4 x 64 bits: bit 4 r + k of word m is row r, channel 4 m + k
 //
+// Matrices of which only some rows are wanted lie row by row instead (`by_row`): what a row holds lies side by side, 64
+// channels of its padded groups to a piece (8 x bits bytes): low nibbles of 32 bytes are channels 0 .. 31 and high ones
+// 32 .. 63 (from 4 bits on), then the further bits as planes of 64 bits, the lowest first; 8 bits are bytes. Dense rows are
+// padded to 64 bytes. Scales and the like are [row][group] there.
+//
 // "Packed" keeps what its width needs, in that order, side by side. "Planes" keeps every plane of the parent codes in
 // an array of its own, the most significant first, so that b bits are read by reading b arrays and nothing else.
 // "Tables" are planes too, and what codes stand for is looked up by row: as a lookup takes 32 codes of one row, each plane
@@ -73,6 +78,7 @@ struct Matrix {
   const std::uint8_t* codes = nullptr;
   std::size_t tile_bytes = 0;            // of one plane where there are planes
   std::size_t plane_bytes = 0;
+  bool by_row = false;                   // packed or dense: rows side by side, each `tile_bytes` / 16 long
   Grid grid;                             // of the codes as stored
   std::array<Grid, kMaxPlanes + 1> widths;  // of planes read at fewer bits; without scales where there is none of its own
   std::array<const std::uint16_t*, kMaxPlanes + 1> tables{};  // by width: fp16 [row][2^width]; null where not offered
@@ -115,7 +121,10 @@ struct GroupSource {
   const float* minima32 = nullptr;
   int bits = 0, group = 0, block = kBlock;
   bool planes = false;
+  bool by_row = false;
 };
+
+inline constexpr int kPieceChannels = 64;  // of one piece of a row
 
 Matrix make_groups(Arena& arena, int out, int in, const GroupSource& source);
 // Give planes a grid of their own at a width: scales fp16 (out, groups), and zero points (k + 2^(bits-1) - 1) / 2 from
@@ -124,8 +133,8 @@ void add_width(Arena& arena, Matrix& m, int bits, const std::uint16_t* scales16,
 // Codes of tables: little-endian bit streams of `bits` bits, one per row; and the table of a width, fp16 (out, 2^bits).
 Matrix make_tables(Arena& arena, int out, int in, int bits, const std::uint8_t* packed, std::size_t packed_row);
 void add_table(Arena& arena, Matrix& m, int bits, const std::uint16_t* table);
-Matrix make_f32(Arena& arena, int out, int in, const float* rows);
-Matrix make_bf16(Arena& arena, int out, int in, const std::uint16_t* rows);
+Matrix make_f32(Arena& arena, int out, int in, const float* rows, bool by_row = false);
+Matrix make_bf16(Arena& arena, int out, int in, const std::uint16_t* rows, bool by_row = false);
 
 // One row of the matrix as the codes stand for it, fp32 (in); for embeddings.
 void read_row(const Matrix& matrix, int row, float* to);

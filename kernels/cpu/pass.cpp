@@ -49,9 +49,19 @@ Decoder::Pass::Pass(Decoder& decoder)
     queries_of.emplace_back();
   }
   rows.reserve(kMaxRows);
-  slots.resize(static_cast<std::size_t>(kMaxRows) * static_cast<std::size_t>(d.slot_width_));
+  slots.resize(static_cast<std::size_t>(kMaxRows) * static_cast<std::size_t>(d.n_values_));
+  masks.resize(static_cast<std::size_t>(kMaxRows) * static_cast<std::size_t>(d.n_masks_));
+  for (const Decider& decider : d.deciders_) {
+    initial.emplace_back();
+    if (!decider.program->is_mask()) continue;
+    initial.back() = std::make_shared<const std::vector<std::uint8_t>>(static_cast<std::size_t>(decider.program->size()), decider.initial != 0.0f);
+    if (const Predictor* predictor = decider.program->predictor(); predictor != nullptr) predictor->reserve(space_of_predictor);
+  }
+  predicted.resize(Predictor::kTogether), to_predicted.resize(Predictor::kTogether);
+  deciding.resize(static_cast<std::size_t>(nt));
+  united.resize(static_cast<std::size_t>(nt)), listed.resize(static_cast<std::size_t>(nt));
   angles.resize(static_cast<std::size_t>(kMaxRows) * d.ropes_.size() * static_cast<std::size_t>(s.rotary_dim));
-  read.resize(kMaxRows);
+  read.resize(kMaxRows), used.resize(kMaxRows), kept_inputs.resize(kMaxRows);
   integers.resize(kMaxRows);
 }
 
@@ -145,6 +155,7 @@ void Decoder::Pass::convert(const Format& f, const float* from, int position, fl
 
 double Decoder::Pass::read_share(const LinearLayer& layer, int row) const {
   const Format& f = d.formats_[static_cast<std::size_t>(layer.format)];
+  if (layer.w.by_row) return 1.0;
   if (f.mode != Mode::int8 && f.mode != Mode::f32) return 1.0;
   const Activation& a = single ? local_rows[static_cast<std::size_t>(layer.format)][0] : shared_rows[static_cast<std::size_t>(layer.format)][static_cast<std::size_t>(row)];
   int active = 0;
@@ -152,28 +163,106 @@ double Decoder::Pass::read_share(const LinearLayer& layer, int row) const {
   return static_cast<double>(active) / f.at.n_blocks;
 }
 
-// Add what each row reads of a layer: its width, the blocks of inputs that are not all zero, the tiles not masked.
-void Decoder::Pass::count(const LinearLayer& layer, int t, int mask_slot, int per_mask, const std::vector<int>* subset) {
+void Decoder::Pass::count(const LinearLayer& layer, int t, MaskPart outputs, int per_output, MaskPart inputs, const std::vector<int>* subset) {
   if (t != 0 || !d.has_consumers_ || !layer.present) return;
+  const Matrix& w = layer.w;
   for (const int r : subset != nullptr ? *subset : all_rows) {
+    const auto row = static_cast<std::size_t>(r);
     const long bits = layer.width_slot >= 0 ? std::clamp<long>(layer.bits(slot(layer.width_slot, r)), 0, 8) : 0;
-    double used = 1;
-    if (mask_slot >= 0) {
-      int tiles = 0;
-      for (int tile = 0; tile < layer.w.tiles; ++tile) {
+    const double kept = kept_share(outputs, r);
+    double tiles = 1;  // what is read of the rows is whole tiles
+    if (w.by_row) {
+      tiles = w.kind != Kind::packed && kept > kMostGathered ? 1 : kept;
+    } else if (outputs && kept < 1) {
+      const std::uint8_t* entries = mask(outputs, r);
+      int n = 0;
+      for (int tile = 0; tile < w.tiles; ++tile) {
         bool any = false;
-        for (int i = tile * kRows; i < std::min((tile + 1) * kRows, layer.w.out); ++i) any |= slot(mask_slot + i / per_mask, r) != 0.0f;
-        tiles += any;
+        for (int i = tile * kRows; i < std::min((tile + 1) * kRows, w.out) && !any; ++i) any = entries[i / per_output] != 0;
+        n += any;
       }
-      used = static_cast<double>(tiles) / layer.w.tiles;
+      tiles = per_output % kRows == 0 || per_output == 1 ? static_cast<double>(n) / w.tiles : 1;
     }
-    read[static_cast<std::size_t>(r)] += layer.bytes[static_cast<std::size_t>(bits)] * used * read_share(layer, r);
+    read[row] += layer.bytes[static_cast<std::size_t>(bits)] * tiles * read_share(layer, r);
+    used[row] += static_cast<double>(w.out) * w.in * kept * (kept_inputs[row] >= 0 ? static_cast<double>(kept_inputs[row]) : kept_share(inputs, r));
   }
+}
+
+// The entries of a mask that any of the pass's rows computes.
+const std::uint8_t* Decoder::Pass::any_row(const MaskPart& part, int t) {
+  const std::uint8_t* first = mask(part, 0);
+  auto& all = united[static_cast<std::size_t>(t)];
+  const std::uint8_t* last = first;  // neighbouring rows often share their mask
+  bool one = true;
+  for (int r = 1; r < static_cast<int>(rows.size()); ++r) {
+    const std::uint8_t* entries = mask(part, r);
+    if (entries == last) continue;
+    if (one) all.assign(first, first + part.size);
+    one = false, last = entries;
+    for (int i = 0; i < part.size; ++i) all[static_cast<std::size_t>(i)] |= entries[i];
+  }
+  return one ? first : all.data();
+}
+
+// List the neurons that a thread computes, and return the tiles that they lie in: its share of those that any row computes.
+std::pair<int, int> Decoder::Pass::list_neurons(const Block& b, int t) {
+  auto& to = listed[static_cast<std::size_t>(t)];
+  to.clear();
+  const int tiles = b.up.w.tiles;
+  if (!b.neurons) {
+    const auto [first, last] = share(tiles, t, nt);
+    for (int i = first * kRows; i < std::min(last * kRows, s.neurons); ++i) to.push_back(i);
+    return {first, last};
+  }
+  const std::uint8_t* kept = any_row(b.neurons, t);
+  int total = 0;
+  for (int i = 0; i < s.neurons; ++i) total += kept[i];
+  if (b.up.w.kind != Kind::packed && total > kMostGathered * s.neurons) {
+    const auto [first, last] = share(tiles, t, nt);
+    for (int i = first * kRows; i < std::min(last * kRows, s.neurons); ++i) to.push_back(i);
+    return {first, last};
+  }
+  const auto [from, until] = share(total, t, nt);
+  // A tile is that thread's whose share its first kept neuron is in; tiles without any go with the one before.
+  int first = t == 0 ? 0 : tiles, last = tiles, before = 0;
+  for (int tile = 0; tile < tiles; ++tile) {
+    if (before >= from && first == tiles) first = tile;
+    if (before >= until && t + 1 < nt) {
+      last = tile;
+      break;
+    }
+    const int end = std::min((tile + 1) * kRows, s.neurons);
+    const bool own = before >= from || t == 0;
+    const auto place = to.size();
+    to.resize(place + kRows);
+    std::size_t n = place;
+    for (int i = tile * kRows; i < end; ++i) {  // without branches, which nothing could foretell
+      to[n] = i;
+      n += kept[i];
+      before += kept[i];
+    }
+    to.resize(own ? n : place);
+  }
+  return {std::min(first, last), last};
+}
+
+void Decoder::Pass::listed_product(const LinearLayer& layer, float* const* y, int t) {
+  const auto f = static_cast<std::size_t>(layer.format);
+  const auto& neurons_listed = listed[static_cast<std::size_t>(t)];
+  Kernels::Rows kernel = k.rows_int8;
+  switch (d.formats_[f].mode) {
+    case Mode::f32: kernel = k.rows_f32; break;
+    case Mode::bf16: kernel = k.rows_dense_bf16; break;
+    case Mode::plain: kernel = k.rows_dense_f32; break;
+    default: break;
+  }
+  const Activation* a = single ? &local_rows[f][static_cast<std::size_t>(t)] : shared_rows[f].data();
+  kernel(layer.w, a, static_cast<int>(rows.size()), y, neurons_listed.data(), static_cast<int>(neurons_listed.size()));
 }
 
 // y[row] (+)= W x[row] for all rows or a subset, at the width in force for each; tiles whose mask is all zero are left.
 void Decoder::Pass::product(const LinearLayer& layer, const std::vector<int>* subset, float* const* y, bool add, int t,
-                            const float* mask, int per_mask) {
+                            const std::uint8_t* mask, int per_mask) {
   const auto f = static_cast<std::size_t>(layer.format);
   const Matrix& w = layer.w;
   Kernels::Product kernel = nullptr;
@@ -192,7 +281,7 @@ void Decoder::Pass::product(const LinearLayer& layer, const std::vector<int>* su
     }
     const auto used = [&](int tile) {
       for (int r = tile * kRows; r < std::min((tile + 1) * kRows, w.out); ++r)
-        if (mask[r / per_mask] != 0.0f) return true;
+        if (mask[r / per_mask] != 0) return true;
       return false;
     };
     for (int tile = first; tile < last;) {
@@ -255,60 +344,139 @@ void Decoder::Pass::site(const std::string& name, const Array<float>& from, int 
 }
 
 void Decoder::Pass::begin_slots() {
-  const auto width = static_cast<std::size_t>(d.slot_width_);
   for (std::size_t r = 0; r < rows.size(); ++r) {
     const Held& held = rows[r].sequence->held;
+    const int position = rows[r].position;
+    float* values = slots.data() + r * static_cast<std::size_t>(d.n_values_);
+    Mask* of_row = masks.data() + r * static_cast<std::size_t>(d.n_masks_);
     for (std::size_t i = 0; i < d.deciders_.size(); ++i) {
       const Decider& decider = d.deciders_[i];
-      const auto first = static_cast<std::size_t>(decider.first), n = static_cast<std::size_t>(decider.program->size());
-      float* to = slots.data() + r * width + first;
-      if (held.is_fixed[i]) std::copy_n(held.fixed.data() + first, n, to);
-      else if (held.replay_rows > 0) std::copy_n(held.replay.data() + static_cast<std::size_t>(rows[r].position) * width + first, n, to);
-      else if (held.made[i] && rows[r].position >= rows[r].sequence->prompt_length) std::copy_n(held.values.data() + first, n, to);
-      else std::fill_n(to, n, decider.initial);
+      const auto at = static_cast<std::size_t>(decider.place);
+      const bool is_mask = decider.program->is_mask();
+      // Of a reply's decision: not before the reply.
+      const bool holds = held.made[i] && (decider.scope != ScopeKind::reply || position >= rows[r].sequence->prompt_length);
+      if (held.is_fixed[i]) {
+        if (is_mask) of_row[at] = held.fixed_masks[at];
+        else values[at] = held.fixed[at];
+      } else if (held.replay_rows > 0) {
+        const auto row = static_cast<std::size_t>(position);
+        if (is_mask) of_row[at] = held.replay_masks[row * static_cast<std::size_t>(d.n_masks_) + at];
+        else values[at] = held.replay[row * static_cast<std::size_t>(d.n_values_) + at];
+      } else if (d.decides_early(decider)) {
+        if (is_mask) of_row[at] = decider.program->mask(k, nullptr, 0, position);
+        else values[at] = decider.program->value(k, nullptr, 0, position);
+      } else if (is_mask) {
+        of_row[at] = holds ? held.masks[at] : initial[i];
+      } else {
+        values[at] = holds ? held.values[at] : decider.initial;
+      }
     }
   }
 }
 
-void Decoder::Pass::decide(const Block& b, TapKind tap, int t, Array<float>& source, int width) {
-  const auto& here = b.deciders[static_cast<std::size_t>(tap)];
-  if (here.empty()) return;
-  const std::size_t stride = source.size() / kMaxRows;
-  for (const int i : here) {
-    const Decider& decider = d.deciders_[static_cast<std::size_t>(i)];
-    const auto n = static_cast<std::size_t>(decider.program->size());
-    if (decider.scope == ScopeKind::token) {  // nothing is held: rows are shared out
-      const auto [first, last] = share(static_cast<int>(rows.size()), t, nt);
-      for (auto r = static_cast<std::size_t>(first); r < static_cast<std::size_t>(last); ++r) {
-        const Held& held = rows[r].sequence->held;
-        if (held.is_fixed[static_cast<std::size_t>(i)] || held.replay_rows > 0) continue;
-        decider.program->run(k, source.data() + r * stride, width, rows[r].position,
-                             slots.data() + r * static_cast<std::size_t>(d.slot_width_) + decider.first);
-      }
-    } else if (t == 0) {
-      for (std::size_t r = 0; r < rows.size(); ++r) {
-        Held& held = rows[r].sequence->held;
-        if (held.is_fixed[static_cast<std::size_t>(i)] || held.replay_rows > 0) continue;
-        float* values = held.values.data() + decider.first;
-        float* to = slots.data() + r * static_cast<std::size_t>(d.slot_width_) + decider.first;
-        const int position = rows[r].position;
-        const float* row = source.data() + r * stride;
-        if (decider.scope == ScopeKind::reply) {
-          if (position != rows[r].sequence->prompt_length - 1) continue;
-          decider.program->run(k, row, width, position, values);
-          held.made[static_cast<std::size_t>(i)] = 1;
-          continue;  // in force from the next row on
-        }
-        if (position % decider.every == 0) {
-          decider.program->run(k, row, width, position, values);
-          held.made[static_cast<std::size_t>(i)] = 1;
-        }
-        if (held.made[static_cast<std::size_t>(i)]) std::copy_n(values, n, to);
-        else std::fill_n(to, n, decider.initial);
-      }
+bool Decoder::Pass::decides_now(std::size_t i, const Row& row) const {
+  const Decider& decider = d.deciders_[i];
+  if (row.sequence->held.is_fixed[i] || row.sequence->held.replay_rows > 0) return false;
+  if (decider.scope == ScopeKind::token) return true;
+  if (decider.scope == ScopeKind::every) return row.position % decider.every == 0;
+  return row.position == row.sequence->prompt_length - 1;
+}
+
+// A mask that a row has decided: in force for it, and where it is held for the rows that follow.
+void Decoder::Pass::hold(std::size_t i, std::size_t row, Mask made) {
+  const Decider& decider = d.deciders_[i];
+  const auto at = static_cast<std::size_t>(decider.place), n = static_cast<std::size_t>(d.n_masks_);
+  Held& held = rows[row].sequence->held;
+  // A trace that holds many tokens' masks holds one where they are equal.
+  if (held.masks[at] != nullptr && *held.masks[at] == *made) made = held.masks[at];
+  held.masks[at] = made;
+  held.made[i] = 1;
+  if (decider.scope == ScopeKind::reply) return;  // in force from the next row on
+  for (std::size_t r = row; r < rows.size() && rows[r].sequence == rows[row].sequence; ++r) {
+    if (r > row && decides_now(i, rows[r])) break;
+    masks[r * n + at] = made;
+  }
+}
+
+// Decisions that are held, and masks: one thread takes them.
+void Decoder::Pass::decide_held(std::size_t i, const float* source, std::size_t stride, int width) {
+  const Decider& decider = d.deciders_[i];
+  const auto at = static_cast<std::size_t>(decider.place), n = static_cast<std::size_t>(d.n_values_);
+  for (std::size_t row = 0; row < rows.size(); ++row) {
+    if (!decides_now(i, rows[row])) continue;
+    const float* tap = source + row * stride;
+    if (decider.program->is_mask()) {
+      hold(i, row, decider.program->mask(k, tap, width, rows[row].position));
+      continue;
+    }
+    Held& held = rows[row].sequence->held;
+    held.values[at] = decider.program->value(k, tap, width, rows[row].position);
+    held.made[i] = 1;
+    if (decider.scope == ScopeKind::reply) continue;
+    for (std::size_t r = row; r < rows.size() && rows[r].sequence == rows[row].sequence; ++r) {
+      if (r > row && decides_now(i, rows[r])) break;
+      slots[r * n + at] = held.values[at];
     }
   }
-  wait(kDeciders, t);
+}
+
+// A predictor's decisions, a few rows at a time: threads share its matrices.
+void Decoder::Pass::predict(std::size_t i, int t, const float* source, std::size_t stride) {
+  const Predictor& p = *d.deciders_[i].program->predictor();
+  auto& space = space_of_predictor;
+  auto& all = deciding[static_cast<std::size_t>(t)];
+  all.clear();
+  for (std::size_t r = 0; r < rows.size(); ++r)
+    if (decides_now(i, rows[r])) all.push_back(r);
+  for (std::size_t begin = 0; begin < all.size(); begin += Predictor::kTogether) {
+    const int n = static_cast<int>(std::min<std::size_t>(Predictor::kTogether, all.size() - begin));
+    const std::size_t* group = all.data() + begin;
+    const auto [first_row, last_row] = share(n, t, nt);
+    for (int r = first_row; r < last_row; ++r) {
+      p.read(k, space, r, source + group[r] * stride);
+      predicted[static_cast<std::size_t>(r)] = std::make_shared<std::vector<std::uint8_t>>(static_cast<std::size_t>(p.size()));
+      to_predicted[static_cast<std::size_t>(r)] = predicted[static_cast<std::size_t>(r)]->data();
+    }
+    d.pool_->barrier();
+    const auto [first_hidden, last_hidden] = share(p.hidden_tiles(), t, nt);
+    p.hidden(k, space, n, first_hidden, last_hidden);
+    d.pool_->barrier();
+    for (int r = first_row; r < last_row; ++r) p.activate(k, space, r);
+    d.pool_->barrier();
+    const auto [first, last] = share(p.tiles(), t, nt);
+    p.cut(k, space, n, first, last, to_predicted.data());
+    d.pool_->barrier();
+    const auto [first_group, last_group] = share(n * p.groups(), t, nt);
+    for (int item = first_group; item < last_group; ++item) p.fill(space, item / p.groups(), item % p.groups(), to_predicted[static_cast<std::size_t>(item / p.groups())]);
+    d.pool_->barrier();
+    if (t == 0)
+      for (int r = 0; r < n; ++r)
+        hold(i, group[r], rows[group[r]].position < p.first() ? p.whole() : Mask(std::move(predicted[static_cast<std::size_t>(r)])));
+    d.pool_->barrier();
+  }
+}
+
+void Decoder::Pass::decide(const Block& b, TapKind tap, int t, Array<float>& source, int width) {
+  const std::size_t stride = source.size() / kMaxRows;
+  bool any = false;
+  for (const int at : b.deciders[static_cast<std::size_t>(tap)]) {
+    const auto i = static_cast<std::size_t>(at);
+    const Decider& decider = d.deciders_[i];
+    if (std::none_of(rows.begin(), rows.end(), [&](const Row& row) { return decides_now(i, row); })) continue;
+    any = true;
+    if (decider.program->predictor() != nullptr) {
+      predict(i, t, source.data(), stride);
+    } else if (decider.scope == ScopeKind::token && !decider.program->is_mask()) {  // nothing is held: rows are shared out
+      const auto [first, last] = share(static_cast<int>(rows.size()), t, nt);
+      for (auto r = static_cast<std::size_t>(first); r < static_cast<std::size_t>(last); ++r)
+        if (decides_now(i, rows[r]))
+          slots[r * static_cast<std::size_t>(d.n_values_) + static_cast<std::size_t>(decider.place)] =
+              decider.program->value(k, source.data() + r * stride, width, rows[r].position);
+    } else if (t == 0) {
+      decide_held(i, source.data(), stride, width);
+    }
+  }
+  if (any) wait(kDeciders, t);
 }
 
 void Decoder::Pass::embed(int t) {
@@ -369,6 +537,11 @@ void Decoder::Pass::block(int index, int t) {
         row = to;
       }
       row = filtered(row, width, threshold_slot, r, space + widest);
+      if (!single || t == 0) {
+        kept_inputs[static_cast<std::size_t>(r)] = -1;
+        if (threshold_slot >= 0)
+          kept_inputs[static_cast<std::size_t>(r)] = static_cast<float>(width - std::count(row, row + width, 0.0f)) / static_cast<float>(width);
+      }
       int done = -1;
       for (const LinearLayer* layer : layers) {
         if (!layer->present || layer->format == done) continue;
@@ -415,7 +588,7 @@ void Decoder::Pass::block(int index, int t) {
   auto& chosen = subset_index[static_cast<std::size_t>(t)];
   const bool always_attend = b.decides(TapKind::attention_output) || tapped;  // somebody reads what attention gives
   const bool attends = n > 1 || always_attend || !skipped(0, 1.0f);
-  const float* head_mask = single && b.heads_slot >= 0 && !always_attend ? slots.data() + b.heads_slot : nullptr;
+  const std::uint8_t* head_mask = b.heads && !always_attend ? any_row(b.heads, t) : nullptr;
   if (attends) product(b.q, nullptr, to_q.data(), false, t, s.head_dim % kRows == 0 ? head_mask : nullptr, s.head_dim);
   product(b.k, nullptr, to_k.data(), false, t);
   product(b.v, nullptr, to_v.data(), false, t);
@@ -423,7 +596,7 @@ void Decoder::Pass::block(int index, int t) {
     chosen.clear();
     for (int r = 0; r < n; ++r)
       if (!skipped(r, 1.0f)) chosen.push_back(r);
-    count(b.q, t, s.head_dim % kRows == 0 ? b.heads_slot : -1, s.head_dim, &chosen);
+    count(b.q, t, b.heads, s.head_dim, {}, &chosen);
     count(b.k, t);
     count(b.v, t);
   }
@@ -478,12 +651,13 @@ void Decoder::Pass::block(int index, int t) {
     // shared out one by one, many rows' by the key/value head, so that each thread has early rows and late ones.
     auto& asked = queries_of[static_cast<std::size_t>(t)];
     const auto ask = [&](int r, int head) {
-      if (head_mask != nullptr && head_mask[head] == 0.0f) return;
+      if (head_mask != nullptr && mask(b.heads, r)[head] == 0) return;
       const Row& row = rows[static_cast<std::size_t>(r)];
       const int from = b.window > 0 ? std::max(0, row.position - b.window + 1) : 0;
       asked.push_back({to_q[static_cast<std::size_t>(r)] + head * s.head_dim, to_attended[static_cast<std::size_t>(r)] + head * s.head_dim, from, row.position});
     };
     const auto answer = [&](int r, int kv) {
+      if (asked.empty()) return;
       const Sequence& sequence = *rows[static_cast<std::size_t>(r)].sequence;
       const CacheView cache{sequence.keys_[static_cast<std::size_t>(index)].data(), sequence.values_[static_cast<std::size_t>(index)].data(),
                             s.head_dim, padded(s.head_dim)};
@@ -515,18 +689,17 @@ void Decoder::Pass::block(int index, int t) {
     site(name + ".o", attended, queries, s.heads * s.head_dim);
   }
   if (tapped) d.pool_->barrier();
-  if (b.heads_slot >= 0) {
+  if (b.heads) {
     const auto [first, last] = share(n * s.heads, t, nt);
     for (int item = first; item < last; ++item) {
       const int r = item / s.heads, h = item % s.heads;
       float* head = to_attended[static_cast<std::size_t>(r)] + h * s.head_dim;
-      const float keep = slot(b.heads_slot + h, r);
-      for (int i = 0; i < s.head_dim; ++i) head[i] = keep == 0.0f ? 0.0f : head[i] * keep;
+      if (mask(b.heads, r)[h] == 0) std::fill(head, head + s.head_dim, 0.0f);
     }
     wait(kAttention, t);
   }
   // Where the block's result is normed before it is added, it goes to a buffer first.
-  const auto contribute = [&](const LinearLayer& layer, const Norm& norm, float path) {
+  const auto contribute = [&](const LinearLayer& layer, const Norm& norm, float path, const MaskPart& inputs) {
     const std::vector<int>* subset = nullptr;
     if (b.path_slot >= 0) {
       chosen.clear();
@@ -536,7 +709,7 @@ void Decoder::Pass::block(int index, int t) {
     }
     const bool post = norm.weight != nullptr;
     product(layer, subset, post ? to_other.data() : to_x.data(), !post, t);
-    count(layer, t, -1, 1, subset);
+    count(layer, t, {}, 1, inputs, subset);
     wait(kLinears, t);
     if (post) {
       add_rows(norm, subset != nullptr ? chosen : all_rows, t);
@@ -546,13 +719,12 @@ void Decoder::Pass::block(int index, int t) {
   const bool runs_o = n > 1 || !skipped(0, 1.0f);
   if (runs_o) {
     prepare_from({&b.o}, attended, queries, nullptr, nullptr, s.heads * s.head_dim, b.threshold_slot[1]);
-    contribute(b.o, b.post_attention, 1.0f);
+    contribute(b.o, b.post_attention, 1.0f, b.heads);
   }
 
   // MLP.
   const bool always_mlp = b.decides(TapKind::mlp_input) || b.decides(TapKind::mlp_inner) || tapped;
   const bool runs_mlp = n > 1 || always_mlp || !skipped(0, 2.0f);
-  const float* neuron_mask = single && b.neurons_slot >= 0 ? slots.data() + b.neurons_slot : nullptr;
   if (runs_mlp) {
     if (b.decides(TapKind::mlp_input)) {
       normalize_rows(b.pre_mlp);
@@ -565,17 +737,25 @@ void Decoder::Pass::block(int index, int t) {
       if (s.gated) site(name + ".gate", normed, hidden, s.hidden);
       site(name + ".up", normed, hidden, s.hidden);
     }
-    if (s.gated) product(b.gate, nullptr, to_gate.data(), false, t, neuron_mask);
-    product(b.up, nullptr, to_up.data(), false, t, neuron_mask);
+    std::pair<int, int> own = share(b.up.w.tiles, t, nt);  // the tiles that this thread computes
+    if (b.up.w.by_row) {
+      own = list_neurons(b, t);
+      if (s.gated) listed_product(b.gate, to_gate.data(), t);
+      listed_product(b.up, to_up.data(), t);
+    } else {
+      const std::uint8_t* neuron_mask = b.neurons ? any_row(b.neurons, t) : nullptr;
+      if (s.gated) product(b.gate, nullptr, to_gate.data(), false, t, neuron_mask);
+      product(b.up, nullptr, to_up.data(), false, t, neuron_mask);
+    }
     if (t == 0 && d.has_consumers_) {
       chosen.clear();
       for (int r = 0; r < n; ++r)
         if (!skipped(r, 2.0f)) chosen.push_back(r);
-      count(b.gate, t, b.neurons_slot, 1, &chosen);
-      count(b.up, t, b.neurons_slot, 1, &chosen);
+      count(b.gate, t, b.neurons, 1, {}, &chosen);
+      count(b.up, t, b.neurons, 1, {}, &chosen);
     }
     // Every thread finishes the neurons that it has just computed.
-    const auto [first, last] = share(b.up.w.tiles, t, nt);
+    const auto [first, last] = own;
     const int begin = first * kRows, width = std::min(last * kRows, s.neurons) - begin;
     for (int r = 0; r < n && width > 0; ++r) {
       float* up_row = to_up[static_cast<std::size_t>(r)] + begin;
@@ -586,11 +766,10 @@ void Decoder::Pass::block(int index, int t) {
       } else {
         k.apply(s.function, up_row, width);
       }
-      if (b.neurons_slot >= 0)
-        for (int i = 0; i < width; ++i) {
-          const float keep = slot(b.neurons_slot + begin + i, r);
-          to[i] = keep == 0.0f ? 0.0f : to[i] * keep;
-        }
+      if (b.neurons) {
+        const std::uint8_t* kept = mask(b.neurons, r) + begin;
+        for (int i = 0; i < width; ++i) to[i] = kept[i] != 0 ? to[i] : 0.0f;
+      }
     }
     wait(kLinears, t);
     Array<float>& inner = s.gated ? gate : up;
@@ -598,7 +777,7 @@ void Decoder::Pass::block(int index, int t) {
     if (t == 0 && tapped) site(name + ".down", inner, neurons, s.neurons);
     if (n > 1 || !skipped(0, 2.0f)) {
       prepare_from({&b.down}, inner, neurons, nullptr, nullptr, s.neurons, b.threshold_slot[3]);
-      contribute(b.down, b.post_mlp, 2.0f);
+      contribute(b.down, b.post_mlp, 2.0f, b.neurons);
     }
   }
 }

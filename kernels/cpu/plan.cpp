@@ -20,14 +20,14 @@ class LevelsProgram : public Program {
     check(levels_.thresholds);
   }
   int size() const override { return 1; }
-  void run(const Kernels& k, const float* tap, int width, int position, float* to) const override {
+  float value(const Kernels& k, const float* tap, int width, int position) const override {
     const auto& cuts = levels_.thresholds;
     std::size_t level = cuts.size();
     if (position >= levels_.first) {
       const float score = this->score(k, tap, width);
       level = static_cast<std::size_t>(std::lower_bound(cuts.begin(), cuts.end(), score) - cuts.begin());
     }
-    *to = levels_.values[level];
+    return levels_.values[level];
   }
   void set_thresholds(std::vector<float> thresholds) override {
     if (thresholds.size() != levels_.thresholds.size()) throw std::invalid_argument("A decision has " + std::to_string(levels_.thresholds.size()) + " thresholds.");
@@ -130,7 +130,8 @@ class ProjectionMask final : public Program {
       throw std::invalid_argument("A projection's matrix must have one row per entry of its mask.");
   }
   int size() const override { return size_; }
-  void run(const Kernels&, const float* tap, int width, int, float* to) const override {
+  bool is_mask() const override { return true; }
+  Mask mask(const Kernels&, const float* tap, int width, int) const override {
     std::vector<double> scores(static_cast<std::size_t>(size_));
     for (int i = 0; i < size_; ++i) {
       const float* row = matrix_.data() + static_cast<std::size_t>(i) * width_;
@@ -141,8 +142,9 @@ class ProjectionMask final : public Program {
     std::vector<int> order(static_cast<std::size_t>(size_));
     std::iota(order.begin(), order.end(), 0);
     std::stable_sort(order.begin(), order.end(), [&](int a, int b) { return scores[a] > scores[b]; });
-    std::fill(to, to + size_, 0.0f);
-    for (int i = 0; i < keep_; ++i) to[order[static_cast<std::size_t>(i)]] = 1.0f;
+    auto made = std::make_shared<std::vector<std::uint8_t>>(static_cast<std::size_t>(size_));
+    for (int i = 0; i < keep_; ++i) (*made)[static_cast<std::size_t>(order[static_cast<std::size_t>(i)])] = 1;
+    return made;
   }
 
  private:
@@ -159,9 +161,10 @@ class PositionTable final : public Program {
       throw std::invalid_argument("A table needs ascending positions from 0, with one value each.");
   }
   int size() const override { return 1; }
-  void run(const Kernels&, const float*, int, int position, float* to) const override {
+  bool reads_tap() const override { return false; }
+  float value(const Kernels&, const float*, int, int position) const override {
     const auto after = std::upper_bound(positions_.begin(), positions_.end(), position);
-    *to = values_[static_cast<std::size_t>(after - positions_.begin()) - 1];
+    return values_[static_cast<std::size_t>(after - positions_.begin()) - 1];
   }
 
  private:
@@ -169,7 +172,55 @@ class PositionTable final : public Program {
   std::vector<float> values_;
 };
 
+class Threshold final : public Program {
+ public:
+  Threshold(float value, int first) : value_(value), first_(first) { check(); }
+  int size() const override { return 1; }
+  bool reads_tap() const override { return false; }
+  float value(const Kernels&, const float*, int, int position) const override { return position < first_ ? 0.0f : value_; }
+  void set_thresholds(std::vector<float> thresholds) override {
+    if (thresholds.size() != 1) throw std::invalid_argument("This decision has 1 threshold.");
+    value_ = thresholds[0];
+    check();
+  }
+
+ private:
+  void check() const {
+    if (!(value_ >= 0)) throw std::invalid_argument("A threshold of inputs is at least 0.");
+  }
+  float value_;
+  int first_;
+};
+
+class ConstantMask final : public Program {
+ public:
+  ConstantMask(std::vector<std::uint8_t> values, int first) : first_(first) {
+    if (values.empty() || std::any_of(values.begin(), values.end(), [](std::uint8_t v) { return v > 1; }))
+      throw std::invalid_argument("A mask is made of zeros and ones.");
+    whole_ = std::make_shared<const std::vector<std::uint8_t>>(values.size(), std::uint8_t{1});
+    values_ = std::make_shared<const std::vector<std::uint8_t>>(std::move(values));
+  }
+  int size() const override { return static_cast<int>(values_->size()); }
+  bool is_mask() const override { return true; }
+  bool reads_tap() const override { return false; }
+  Mask mask(const Kernels&, const float*, int, int position) const override { return position < first_ ? whole_ : values_; }
+
+ private:
+  Mask values_, whole_;
+  int first_;
+};
+
 }  // namespace
+
+float Program::value(const Kernels&, const float*, int, int) const { throw std::logic_error("This decision gives a mask."); }
+
+Mask Program::mask(const Kernels&, const float*, int, int) const { throw std::logic_error("This decision gives a number."); }
+
+std::unique_ptr<Program> threshold(float value, int first) { return std::make_unique<Threshold>(value, first); }
+
+std::unique_ptr<Program> constant_mask(std::vector<std::uint8_t> values, int first) {
+  return std::make_unique<ConstantMask>(std::move(values), first);
+}
 
 void Program::set_thresholds(std::vector<float>) { throw std::invalid_argument("This decision has no thresholds."); }
 

@@ -1,5 +1,5 @@
 // Decisions inside a step: deciders read a tap and write a slot, consumers read slots. The same plan as the engine's
-// Python side describes; every value is a float, masks are one float per entry.
+// Python side describes. A slot holds a float, or a mask: a byte per entry, 1 = computed, shared by all that hold it.
 #pragma once
 
 #include <cstdint>
@@ -16,13 +16,20 @@ enum class TapKind : std::uint8_t { residual, block_input, attention_output, mlp
 inline constexpr int kTaps = 5;
 enum class ScopeKind : std::uint8_t { reply, every, token };
 
-// A small causal function of one row of a tap and its position, writing `size` values.
+using Mask = std::shared_ptr<const std::vector<std::uint8_t>>;
+class Predictor;
+
+// A small causal function of one row of a tap and its position, giving a value or a mask of `size` entries.
 class Program {
  public:
   virtual ~Program() = default;
   virtual int size() const = 0;
-  virtual void run(const Kernels& k, const float* tap, int width, int position, float* to) const = 0;
-  // As many as before, ascending; in force from the next run on.
+  virtual bool is_mask() const { return false; }
+  virtual bool reads_tap() const { return true; }  // else the position says it all
+  virtual float value(const Kernels& k, const float* tap, int width, int position) const;
+  virtual Mask mask(const Kernels& k, const float* tap, int width, int position) const;
+  virtual const Predictor* predictor() const { return nullptr; }  // whose work threads share
+  // As many as before, and as the program takes them; in force from the next run on.
   virtual void set_thresholds(std::vector<float> thresholds);
 };
 
@@ -41,6 +48,10 @@ std::unique_ptr<Program> projection_mask(std::vector<float> matrix, int size, in
 std::unique_ptr<Program> projection_levels(const std::vector<float>& matrix, std::vector<float> steps, Levels levels);
 // Levels of weights * tap + bias; `rms`: of the tap over its root mean square.
 std::unique_ptr<Program> linear_levels(std::vector<float> weights, float bias, bool rms, Levels levels);
+// The threshold whatever the tap; 0 at the `first` positions.
+std::unique_ptr<Program> threshold(float value, int first);
+// The values (0 and 1) whatever the tap; ones at the `first` positions.
+std::unique_ptr<Program> constant_mask(std::vector<std::uint8_t> values, int first);
 // The value of the last entry whose position is not after the row's.
 std::unique_ptr<Program> position_table(std::vector<int> positions, std::vector<float> values);
 
@@ -52,16 +63,19 @@ struct Decider {
   float initial;
   std::unique_ptr<Program> program;
   double bytes = 0;  // that a decision reads
-  int first = 0;  // place of its values in a row of slot values
+  int place = 0;     // among the values of a row, or among its masks
 };
 
-// What one sequence remembers of its decisions.
+// What one sequence remembers of its decisions. Values by a decider's place, likewise masks.
 struct Held {
-  std::vector<float> values;        // a row of slot values
+  std::vector<float> values;
+  std::vector<Mask> masks;
   std::vector<std::uint8_t> made;   // per decider: whether it has decided
-  std::vector<float> fixed;         // a row of slot values that replace decisions
+  std::vector<float> fixed;         // what replaces decisions
+  std::vector<Mask> fixed_masks;
   std::vector<std::uint8_t> is_fixed;
-  std::vector<float> replay;        // rows of recorded values per position; empty for none
+  std::vector<float> replay;        // recorded values, a row per position; empty for none
+  std::vector<Mask> replay_masks;
   int replay_rows = 0;
 };
 

@@ -16,6 +16,7 @@
 
 #include "decoder.hpp"
 #include "half.hpp"
+#include "predictor.hpp"
 #include "test_checks.hpp"
 
 namespace {
@@ -958,6 +959,10 @@ void add_plan(Decoder& d, Random& random) {
   CHECK_THROWS(std::invalid_argument, d.add_consumer(0, "path", "elsewhere", {}));
 }
 
+bool same_decisions(const RowTrace& a, const RowTrace& b) {
+  return a.values == b.values && std::equal(a.masks.begin(), a.masks.end(), b.masks.begin(), b.masks.end(), [](const Mask& x, const Mask& y) { return *x == *y; });
+}
+
 void plans(bool quick) {
   for (const Family family : {Family::llama, Family::opt, Family::gemma})
     for (const bool exact : {true, false})
@@ -983,16 +988,17 @@ void plans(bool quick) {
           CHECK_IN(same(singly, first), where);
           bool alike = true, less = false, within = true;
           for (std::size_t i = 0; i < tokens.size(); ++i) {
-            alike &= one.trace[i].decisions == many.trace[i].decisions && std::fabs(one.trace[i].read_bytes - many.trace[i].read_bytes) < 1;
+            alike &= same_decisions(one.trace[i], many.trace[i]) && one.trace[i].kept_weights == many.trace[i].kept_weights && std::fabs(one.trace[i].read_bytes - many.trace[i].read_bytes) < 1;
             less |= one.trace[i].read_bytes < 0.75 * d->linear_bytes();
             within &= one.trace[i].read_bytes > 0 && one.trace[i].read_bytes <= d->linear_bytes();
           }
           CHECK_IN(alike, where);
           CHECK_IN(less, where);
           CHECK_IN(within, where);
-          const auto& at_60 = one.trace[60].decisions;
-          CHECK_IN(at_60[0] == 5 && one.trace[2].decisions[0] == 8 && one.trace[130].decisions[0] == 1, where);
-          CHECK_IN(std::count(at_60.begin() + 1, at_60.begin() + 1 + d->spec().heads, 1.0f) == d->spec().heads / 2, where);
+          const auto& at_60 = one.trace[60];
+          CHECK_IN(at_60.values[0] == 5 && one.trace[2].values[0] == 8 && one.trace[130].values[0] == 1, where);
+          CHECK_IN(std::count(at_60.masks[0]->begin(), at_60.masks[0]->end(), 1) == d->spec().heads / 2, where);
+          CHECK_IN(one.trace[60].masks[0] == one.trace[57].masks[0] && one.trace[60].kept_weights < 1, where);
 
           // With others in the pass; recorded decisions replayed; a slot held fixed.
           Sequence a(*d), b(*d), again(*d), fixed(*d);
@@ -1006,7 +1012,10 @@ void plans(bool quick) {
             d->run({{&a, tokens.data() + prompt + i, 1}, {&b, tokens.data() + 3 + i, 1}}, Decoder::Logits::last, collect);
             CHECK_IN(same(last[0], singly[static_cast<std::size_t>(prompt + i)]) && same(last[1], singly[static_cast<std::size_t>(3 + i)]), where);
           }
-          for (const auto& row : one.trace) again.held.replay.insert(again.held.replay.end(), row.decisions.begin(), row.decisions.end());
+          for (const auto& row : one.trace) {
+            again.held.replay.insert(again.held.replay.end(), row.values.begin(), row.values.end());
+            again.held.replay_masks.insert(again.held.replay_masks.end(), row.masks.begin(), row.masks.end());
+          }
           again.held.replay_rows = static_cast<int>(one.trace.size());
           CHECK_IN(same(singly, feed(*d, again, tokens, 100)), where);
           CHECK_THROWS(std::out_of_range, feed(*d, again, {1}, 1));
@@ -1014,7 +1023,7 @@ void plans(bool quick) {
           fixed.held.fixed[0] = 4;  // not among the widths
           CHECK_THROWS(std::domain_error, feed(*d, fixed, {1, 2, 3}, 3));
           fixed.held.fixed[0] = 8;
-          CHECK_IN(fixed.position() == 0 && finite(feed(*d, fixed, tokens, 60)) && fixed.trace[140].decisions[0] == 8, where);
+          CHECK_IN(fixed.position() == 0 && finite(feed(*d, fixed, tokens, 60)) && fixed.trace[140].values[0] == 8, where);
         }
       }
 }
@@ -1036,9 +1045,66 @@ void plan_misuse() {
   CHECK_THROWS(std::invalid_argument, d.add_decider(decider(TapKind::residual, 0, ScopeKind::every, 0, 0, norm_levels({{1}, {0, 1}}))));
   // A tap full of NaN still gives a mask of the right size.
   const auto program = projection_mask(std::vector<float>(40 * 8, 1.0f), 40, 8, 10);
-  std::vector<float> tap(8, std::numeric_limits<float>::quiet_NaN()), mask(40);
-  program->run(kernels(Isa::portable), tap.data(), 8, 0, mask.data());
-  CHECK(std::count(mask.begin(), mask.end(), 1.0f) == 10);
+  std::vector<float> tap(8, std::numeric_limits<float>::quiet_NaN());
+  const Mask mask = program->mask(kernels(Isa::portable), tap.data(), 8, 0);
+  CHECK(std::count(mask->begin(), mask->end(), 1) == 10);
+  CHECK_THROWS(std::invalid_argument, threshold(-1, 0));
+  CHECK_THROWS(std::invalid_argument, threshold(1, 0)->set_thresholds({1, 2}));
+  CHECK_THROWS(std::invalid_argument, constant_mask({}, 0));
+  CHECK_THROWS(std::logic_error, constant_mask({1, 0}, 0)->value(kernels(Isa::portable), nullptr, 0, 0));
+  CHECK(*constant_mask({1, 0}, 3)->mask(kernels(Isa::portable), nullptr, 0, 2) == std::vector<std::uint8_t>({1, 1}));
+}
+
+// A predictor against its formula in doubles, on every instruction set; floors, ties and NaN.
+void predictors() {
+  Random random(5);
+  const int width = 70, units = 37, size = 150;
+  const auto codes = [&](int n) {
+    std::vector<std::int8_t> made(static_cast<std::size_t>(n));
+    for (auto& c : made) c = static_cast<std::int8_t>(std::clamp(std::lround(40 * random.normal()), -127l, 127l));
+    return made;
+  };
+  const auto hidden = codes(units * width), rows = codes(size * units);
+  const auto bias = random.normals(units), mean = random.normals(size);
+  const std::vector<float> hidden_steps(units, 0.004f), row_steps(size, 0.003f);
+  PredictorSource source{width, units, size, hidden.data(), hidden_steps.data(), bias.data(), rows.data(), row_steps.data(), mean.data(), {0, 5, 50, size}, {0.1f, -0.2f, 0.0f}, {1, 4, 0}, 2};
+  const auto tap = random.normals(width);
+  std::vector<double> scores(size), h(units);
+  double squares = 0;
+  for (const float v : tap) squares += static_cast<double>(v) * v;
+  for (std::size_t u = 0; u < h.size(); ++u) {
+    double sum = 0;
+    for (std::size_t c = 0; c < tap.size(); ++c) sum += static_cast<double>(hidden[u * width + c]) * tap[c] / std::sqrt(squares / width);
+    h[u] = std::max(0.0, sum * hidden_steps[u] + bias[u]);
+  }
+  for (std::size_t i = 0; i < scores.size(); ++i) {
+    double sum = 0;
+    for (std::size_t u = 0; u < h.size(); ++u) sum += rows[i * units + u] * h[u];
+    scores[i] = sum * row_steps[i] + mean[i];
+  }
+  for (const Isa isa : available_isas()) {
+    Predictor p(source);
+    const Mask mask = p.mask(kernels(isa), tap.data(), width, 2);
+    for (int i = 0; i < size; ++i) {
+      const double cut = source.thresholds[i < 5 ? 0 : i < 50 ? 1 : 2], score = scores[static_cast<std::size_t>(i)];
+      if (std::fabs(score - cut) > 1e-4) CHECK_IN((*mask)[static_cast<std::size_t>(i)] == (score > cut), isa_name(isa));
+    }
+    p.set_thresholds({1e9f, 1e9f, 1e9f});
+    const Mask floored = p.mask(kernels(isa), tap.data(), width, 7);
+    CHECK_IN(std::count(floored->begin(), floored->end(), 1) == 5, isa_name(isa));
+    CHECK_IN((*floored)[static_cast<std::size_t>(std::max_element(scores.begin(), scores.begin() + 5) - scores.begin())] == 1, isa_name(isa));
+    const std::vector<float> nan(width, std::numeric_limits<float>::quiet_NaN());
+    const Mask lost = p.mask(kernels(isa), nan.data(), width, 7);
+    CHECK_IN((*lost)[0] == 1 && (*lost)[5] == 1 && (*lost)[8] == 1 && std::count(lost->begin(), lost->end(), 1) == 5, isa_name(isa));
+    CHECK_IN(p.mask(kernels(isa), tap.data(), width, 1) == p.whole(), isa_name(isa));
+  }
+  Predictor p(source);
+  CHECK_THROWS(std::invalid_argument, p.set_thresholds({1, 2}));
+  CHECK_THROWS(std::invalid_argument, p.mask(kernels(Isa::portable), tap.data(), width - 1, 7));
+  source.groups = {0, 50, 5, size};
+  CHECK_THROWS(std::invalid_argument, Predictor{source});
+  source.groups = {0, 5, 50, size}, source.floors = {6, 0, 0};
+  CHECK_THROWS(std::invalid_argument, Predictor{source});
 }
 
 void threads_and_lifetimes(bool quick) {
@@ -1123,6 +1189,7 @@ int main(int argc, char** argv) {
   part("transforms", transforms);
   part("plans", [&] { plans(quick); });
   part("misuse of plans", plan_misuse);
+  part("predictors", predictors);
   part("NaN", poison);
   part("threads and lifetimes", [&] { threads_and_lifetimes(quick); });
   part("decoders", [&] { decoders(quick); });

@@ -52,6 +52,15 @@ struct Avx2 {
     h = _mm_add_ps(h, _mm_movehl_ps(h, h));
     return _mm_cvtss_f32(_mm_add_ss(h, _mm_shuffle_ps(h, h, 1)));
   }
+  // The sums across the lanes of four, each added up in the same order wherever it stands.
+  static void sum4(const F* x, float* to) {
+    const __m256 a = _mm256_add_ps(x[0].a, x[0].b), b = _mm256_add_ps(x[1].a, x[1].b);
+    const __m256 c = _mm256_add_ps(x[2].a, x[2].b), d = _mm256_add_ps(x[3].a, x[3].b);
+    const __m256 ab = _mm256_add_ps(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b));
+    const __m256 cd = _mm256_add_ps(_mm256_unpacklo_ps(c, d), _mm256_unpackhi_ps(c, d));
+    const __m256 all = _mm256_add_ps(_mm256_shuffle_ps(ab, cd, 0x44), _mm256_shuffle_ps(ab, cd, 0xEE));
+    _mm_storeu_ps(to, _mm_add_ps(_mm256_castps256_ps128(all), _mm256_extractf128_ps(all, 1)));
+  }
   static float highest(F v) {
     __m256 s = _mm256_max_ps(v.a, v.b);
     __m128 h = _mm_max_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1));
@@ -120,6 +129,17 @@ struct Avx2 {
     const __m256i x = _mm256_set1_epi32(four);
     return {dot_half<Wide>(sum.a, codes.a, x), dot_half<Wide>(sum.b, codes.b, x)};
   }
+  // The same with activations of the same channels as the codes, 64 of each.
+  template <bool Wide>
+  static I dot_row(I sum, B codes, const std::int8_t* a) {
+    const B x = bytes(reinterpret_cast<const std::uint8_t*>(a));
+    return {dot_half<Wide>(sum.a, codes.a, x.a), dot_half<Wide>(sum.b, codes.b, x.b)};
+  }
+  // 64 codes from 32 bytes: the low nibbles, then the high ones.
+  static B nibbles(const std::uint8_t* p) {
+    const __m256i both = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)), m = _mm256_set1_epi8(0x0F);
+    return {_mm256_and_si256(both, m), _mm256_and_si256(_mm256_srli_epi16(both, 4), m)};
+  }
   // Bytes in another order; readable up to the end of the last table.
   static void permute(const ByteOrder& order, const std::int8_t* from, std::int8_t* to) { permute_sixteens(order, from, to); }
 
@@ -179,7 +199,13 @@ struct Avx2 {
     const B both{x, x};
     return fma(bf16_high(w), bf16_high(both), fma(bf16_low(w), bf16_low(both), sum));
   }
+  // The same with 32 activations of the same channels as the weights.
+  static F dot_bf16_row(F sum, B w, const std::uint16_t* a) {
+    const B x = bytes(reinterpret_cast<const std::uint8_t*>(a));
+    return fma(bf16_high(w), bf16_high(x), fma(bf16_low(w), bf16_low(x), sum));
+  }
   static void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
+  static void prefetch_far(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
 
   // The 2^Bits weights of one row, fp16 at p.
   template <int Bits>

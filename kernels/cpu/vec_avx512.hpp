@@ -35,6 +35,14 @@ struct Avx512 {
   static F pow2(F n) { return _mm512_scalef_ps(_mm512_set1_ps(1.0f), n); }
   static float sum(F a) { return _mm512_reduce_add_ps(a); }
   static float highest(F a) { return _mm512_reduce_max_ps(a); }
+  // The sums across the lanes of four, each added up in the same order wherever it stands.
+  static void sum4(const F* x, float* to) {
+    const F ab = add(_mm512_unpacklo_ps(x[0], x[1]), _mm512_unpackhi_ps(x[0], x[1]));
+    const F cd = add(_mm512_unpacklo_ps(x[2], x[3]), _mm512_unpackhi_ps(x[2], x[3]));
+    const F all = add(_mm512_shuffle_ps(ab, cd, 0x44), _mm512_shuffle_ps(ab, cd, 0xEE));
+    const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(all), _mm512_extractf32x8_ps(all, 1));
+    _mm_storeu_ps(to, _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1)));
+  }
 
   static F load_fp16(const std::uint16_t* p) {
     return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
@@ -85,6 +93,16 @@ struct Avx512 {
     std::memcpy(&four, a, 4);
     return _mm512_dpbusd_epi32(sum, codes, _mm512_set1_epi32(four));
   }
+  // The same with activations of the same channels as the codes, 64 of each.
+  template <bool Wide>
+  static I dot_row(I sum, B codes, const std::int8_t* a) {
+    return _mm512_dpbusd_epi32(sum, codes, _mm512_loadu_si512(a));
+  }
+  // 64 codes from 32 bytes: the low nibbles, then the high ones.
+  static B nibbles(const std::uint8_t* p) {
+    const B both = _mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+    return low4(_mm512_srlv_epi64(both, _mm512_set_epi64(4, 4, 4, 4, 0, 0, 0, 0)));
+  }
   // Bytes in another order; readable up to the end of the last table.
   static void permute(const ByteOrder& order, const std::int8_t* from, std::int8_t* to) { permute_sixteens(order, from, to); }
   template <int K>
@@ -101,7 +119,13 @@ struct Avx512 {
     const B x = _mm512_set1_epi32(static_cast<int>(pair));
     return fma(bf16_high(w), bf16_high(x), fma(bf16_low(w), bf16_low(x), sum));
   }
+  // The same with 32 activations of the same channels as the weights.
+  static F dot_bf16_row(F sum, B w, const std::uint16_t* a) {
+    const B x = _mm512_loadu_si512(a);
+    return fma(bf16_high(w), bf16_high(x), fma(bf16_low(w), bf16_low(x), sum));
+  }
   static void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
+  static void prefetch_far(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
 
   // The 2^Bits weights of one row, fp16 at p: 32 to a register.
   template <int Bits>
@@ -166,6 +190,9 @@ struct Avx512Bf16 : Avx512 {
     std::memcpy(&pair, a, 4);
     return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(w),
                             reinterpret_cast<__m512bh>(_mm512_set1_epi32(static_cast<int>(pair))));
+  }
+  static F dot_bf16_row(F sum, B w, const std::uint16_t* a) {
+    return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(w), reinterpret_cast<__m512bh>(_mm512_loadu_si512(a)));
   }
 
   static void permute(const ByteOrder& order, const std::int8_t* from, std::int8_t* to) {

@@ -45,6 +45,10 @@ struct Portable {
     for (int i = 0; i < 16; ++i) s += a.v[i];
     return s;
   }
+  // The sums across the lanes of four.
+  static void sum4(const F* x, float* to) {
+    for (int i = 0; i < 4; ++i) to[i] = sum(x[i]);
+  }
   static float highest(const F& a) {
     float s = a.v[0];
     for (int i = 1; i < 16; ++i) s = a.v[i] > s ? a.v[i] : s;
@@ -107,6 +111,17 @@ struct Portable {
                codes.v[4 * i + 3] * a[3];
     return r;
   }
+  // The same with activations of the same channels as the codes, 64 of each.
+  template <bool Wide>
+  static I dot_row(const I& sum, const B& codes, const std::int8_t* a) {
+    I r = sum;
+    for (int i = 0; i < 64; ++i) r.v[i / 4] += codes.v[i] * a[i];
+    return r;
+  }
+  // 64 codes from 32 bytes: the low nibbles, then the high ones.
+  static B nibbles(const std::uint8_t* p) {
+    return each_byte([&](int i) { return i < 32 ? p[i] & 15 : p[i - 32] >> 4; });
+  }
   // Bytes in another order; readable up to the end of the last table.
   static void permute(const ByteOrder& order, const std::int8_t* from, std::int8_t* to) {
     for (int i = 0; i < order.n; ++i) to[i] = from[order.from[static_cast<std::size_t>(i)]];
@@ -128,7 +143,13 @@ struct Portable {
   static F dot_bf16(const F& sum, const B& w, const std::uint16_t* a) {
     return fma(bf16_high(w), set(bf16_to_float(a[1])), fma(bf16_low(w), set(bf16_to_float(a[0])), sum));
   }
+  // The same with 32 activations of the same channels as the weights.
+  static F dot_bf16_row(const F& sum, const B& w, const std::uint16_t* a) {
+    const B x = bytes(reinterpret_cast<const std::uint8_t*>(a));
+    return fma(bf16_high(w), bf16_high(x), fma(bf16_low(w), bf16_low(x), sum));
+  }
   static void prefetch(const void*) {}
+  static void prefetch_far(const void*) {}
 
   // The 2^Bits weights of one row, fp16 at p.
   template <int Bits>

@@ -19,6 +19,7 @@ from workbench.progress import Job
 from workbench.runtime.base import GREEDY, ActivationMode, Guarded, Sampler, StepTrace, TapCallback, prompt_pieces
 from workbench.runtime.cpu_build import build, kernels
 from workbench.runtime.cpu_source import CompressedSource, FolderSource, LoadedSource, Source
+from workbench.runtime.decisions import distinct_masks, slot_value
 from workbench.runtime.plan import Plan, Policy
 
 if TYPE_CHECKING:
@@ -100,9 +101,9 @@ class CpuEngine(Guarded):
         job: Job | None = None,
     ) -> None:
         self.plan = plan or Plan()
-        self.plan.check()
         source = open_source(target)
         try:
+            self.plan.check(source.architecture)
             self.model = source.model
             architecture = source.architecture
             self.activation_mode: ActivationMode = activation_mode or _fast_mode(source)
@@ -153,16 +154,21 @@ class CpuEngine(Guarded):
         self._check_open()
         sequence = CpuSequence(self, seed)
         for slot, (name, size) in enumerate(self._slots):
-            if name in self._policy.values:
-                value = np.broadcast_to(np.asarray(self._policy.values[name], dtype=np.float32), (size,))
-                sequence._core.fix(self._core, slot, np.ascontiguousarray(value))
-        if replay is not None:
-            rows = [
-                np.concatenate([np.atleast_1d(np.asarray(r[name], dtype=np.float32)) for name, _ in self._slots])
-                for r in replay
+            if name not in self._policy.values:
+                continue
+            value = slot_value(self._policy.values[name], size)
+            if size == 1:
+                sequence._core.fix(self._core, slot, float(value))
+            else:
+                sequence._core.fix_mask(self._core, slot, np.ascontiguousarray(value))
+        if replay is not None and self._slots:
+            values = [[float(r[name]) for name, size in self._slots if size == 1] for r in replay]
+            masks = [
+                (slot, *distinct_masks([r[name] for r in replay], size))
+                for slot, (name, size) in enumerate(self._slots)
+                if size > 1
             ]
-            if self._slots:
-                sequence._core.replay(self._core, np.stack(rows))
+            sequence._core.replay(self._core, np.array(values, dtype=np.float32).reshape(len(replay), -1), masks)
         return sequence
 
     def prefill(
@@ -328,12 +334,9 @@ class CpuEngine(Guarded):
             begin = end
 
     def _step_trace(self, row: tuple) -> StepTrace:
-        position, token, seconds, read, touched, parts, values, clamped, beyond = row
-        decisions: dict[str, Any] = {}
-        at = 0
-        for name, size in self._slots:
-            decisions[name] = values[at] if size == 1 else tuple(values[at : at + size])
-            at += size
+        position, token, seconds, read, touched, parts, values, masks, clamped, beyond, kept = row
+        numbers, arrays = iter(values), iter(masks)
+        decisions = {name: next(numbers) if size == 1 else next(arrays) for name, size in self._slots}
         return StepTrace(
             position,
             token,
@@ -344,6 +347,7 @@ class CpuEngine(Guarded):
             dict(zip(PARTS, parts, strict=True)),
             clamped,
             beyond,
+            kept,
         )
 
 
