@@ -3,10 +3,11 @@
 A mask 1[|x_i| f_i > t] has no gradient, so it gets that of a sigmoid of ln(|x_i| f_i / t) (a straight-through
 estimate, Bengio et al. 2013, arXiv 1308.3432). With all weights frozen, ln f and ln t are moved by Adam for
 
-    KL from the teacher + price * (target - share) + (tension / 2) * (target - share)^2,
+    KL from the teacher - price * share,
 
-where share is that of all weights left out and its price rises while the share is below the target (the method of
-multipliers). Each step takes the next target, which has thresholds and a price of its own; factors are common to all.
+where share is that of all weights left out and price the Lagrange multiplier of the target: what KL gains by the share
+along the thresholds' gradient. After each step all thresholds are multiplied by one number, a Newton step towards the
+target. Each step takes the next target, which has thresholds and a price of its own; factors are common to all.
 """
 
 from __future__ import annotations
@@ -29,12 +30,9 @@ from workbench.progress import Job
 _WIDTH = 0.5  # of the sigmoid, in logarithms: inputs within a factor of e^(2 x 0.5) of the threshold have a say
 _FACTOR_RATE, _THRESHOLD_RATE = 0.02, 0.02  # change of a logarithm in the first step; falls to zero as a cosine
 _MOMENTUM, _MEMORY = 0.9, 0.99  # of Adam
-# Nats per token that the last share of 1 costs. KL rises by some 1 to 3 per share at 40 %, so that a tension of 200
-# holds the share within 0.01 before the price has moved, and a price that takes a tenth of that a step follows within
-# some dozen steps.
-_TENSION, _PRICE_RATE, _FIRST_PRICE = 200.0, 20.0, 1.0
-_SMOOTHING = 0.9  # of the share, which differs from text to text
-_CHECK, _PATIENCE = 20, 3  # steps between looks at held-out text; looks without gain before the fit ends
+_SMOOTHING = 0.9  # of price and share, which differ from text to text
+_NEWTON = 0.3  # part of a Newton step on the share that is taken: texts differ
+_CHECK, _PATIENCE = 20, 4  # steps between looks at held-out text; looks without gain before the fit ends
 
 
 @dataclass(frozen=True)
@@ -76,8 +74,8 @@ class _State:
         self.factors, self.thresholds = factors.clone(), thresholds.clone()
         self.moments = {name: torch.zeros_like(factors) for name in ("mean", "square")}
         self.threshold_moments = {name: torch.zeros_like(thresholds) for name in ("mean", "square")}
-        self.price = torch.full((targets,), _FIRST_PRICE, dtype=torch.float64)
-        self.share = torch.full((targets,), -1.0, dtype=torch.float64)  # smoothed; -1: none seen yet
+        self.price = torch.zeros(targets, dtype=torch.float64)
+        self.share = torch.full((targets,), -1.0, dtype=torch.float64)  # -1: none seen yet
         self.best, self.best_factors, self.best_thresholds = math.inf, self.factors.clone(), self.thresholds.clone()
         self.before, self.kl, self.step, self.waited = math.inf, math.inf, 0, 0
 
@@ -214,26 +212,33 @@ class _Learner:
         at = state.step % len(self._targets)
         factors = state.factors.clone().requires_grad_(True)
         thresholds = state.thresholds[at].clone().requires_grad_(True)
-        target, shares = self._targets[at], []
+        # Of this step's text: share left out, and what it rises by with ln t of each unit.
+        share, rises = 0.0, torch.zeros_like(thresholds)
+        price = float(state.price[at])
         for window in windows:
             with torch.enable_grad():
-                found: dict[int, torch.Tensor] = {}
+                found: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
                 masks.mask = self._soft(self.by_unit(factors), thresholds, found)
                 loss = self._divergence(window)
-                share = torch.stack([found[u] * self._weights[u] for u in sorted(found)]).sum()
-                seen = float(share.detach()) if state.share[at] < 0 else float(state.share[at])
-                seen += (1 - _SMOOTHING) * (float(share.detach()) - seen)
-                state.share[at] = seen
-                pull = float(state.price[at]) + _TENSION * (target - seen)
-                ((loss - pull * share) / len(windows)).backward()
-            shares.append(float(share.detach()))
+                here = torch.stack([found[u][0] * self._weights[u] for u in sorted(found)]).sum()
+                ((loss - price * here) / len(windows)).backward()
+            share += float(here.detach()) / len(windows)
+            for unit, (_, rise) in found.items():
+                rises[unit] += rise * self._weights[unit] / len(windows)
             self._job.check()
-        state.price[at] = max(0.0, float(state.price[at]) + _PRICE_RATE * (target - sum(shares) / len(shares)))
-        counts = state.step + 1, state.step // len(self._targets) + 1
         if factors.grad is None or thresholds.grad is None:
             raise RuntimeError("The masks took no part in the pass.")
+        new = state.share[at] < 0
+        exact = float((thresholds.grad + price * rises) @ rises / (rises @ rises + 1e-30))
+        state.price[at] += (1.0 if new else 1 - _SMOOTHING) * (exact - price)
+        state.share[at] += (1.0 if new else 1 - _SMOOTHING) * (share - float(state.share[at]))
+        counts = state.step + 1, state.step // len(self._targets) + 1
         state.factors -= _adam(state.moments, factors.grad, slice(None), counts[0], _FACTOR_RATE * rate)
-        state.thresholds[at] -= _adam(state.threshold_moments, thresholds.grad, at, counts[1], _THRESHOLD_RATE * rate)
+        moved = _adam(state.threshold_moments, thresholds.grad, at, counts[1], _THRESHOLD_RATE * rate)
+        # A step along the thresholds that hold the share, and one towards the target.
+        moved -= (moved @ rises) / (rises.sum() + 1e-30)
+        towards = _NEWTON * (self._targets[at] - share) / (float(rises.sum()) + 1e-30)
+        state.thresholds[at] += max(-_NEWTON, min(towards, _NEWTON)) - moved
 
     def look(self, masks: InputMasks, state: _State) -> float:
         """Judge the state on held-out text and keep it where it is the best; return its KL.
@@ -246,10 +251,10 @@ class _Learner:
         with torch.no_grad():
             for at, target in enumerate(self._targets):
                 for window in range(len(self._ids) - self._held, len(self._ids)):
-                    found: dict[int, torch.Tensor] = {}
+                    found: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
                     masks.mask = self._soft(by_unit, state.thresholds[at], found)
                     kl = float(self._divergence(window))
-                    share = float(sum(found[u] * self._weights[u] for u in found))
+                    share = float(sum(found[u][0] * self._weights[u] for u in found))
                     total += kl + float(state.price[at]) * (target - share)
                     plain += kl
                     self._job.check()
@@ -262,14 +267,21 @@ class _Learner:
         return plain / count
 
     def _soft(
-        self, factors: list[torch.Tensor], thresholds: torch.Tensor, shares: dict[int, torch.Tensor]
+        self,
+        factors: list[torch.Tensor],
+        thresholds: torch.Tensor,
+        shares: dict[int, tuple[torch.Tensor, torch.Tensor]],
     ) -> Callable[[int, torch.Tensor], torch.Tensor]:
-        """Masks whose gradients are those of sigmoids; the share that each unit leaves out is put into ``shares``."""
+        """Masks whose gradients are those of sigmoids.
+
+        The share that each unit leaves out, and what it rises by with ln t, are put into ``shares``.
+        """
 
         def mask(unit: int, x: torch.Tensor) -> torch.Tensor:
             if unit in self._protected:
                 return x
-            masked, shares[unit] = _Masked.apply(x, factors[unit], thresholds[unit], self._first)
+            masked, share, rise = _Masked.apply(x, factors[unit], thresholds[unit], self._first)
+            shares[unit] = (share, rise)
             return masked
 
         return mask
@@ -286,7 +298,7 @@ class _Learner:
 
 
 class _Masked(torch.autograd.Function):
-    """Inputs (tokens, in) with small ones left out, and the share that is; of ln f (in,) and ln t ()."""
+    """Inputs (tokens, in) with small ones left out, the share that is, and its slope; of ln f (in,) and ln t ()."""
 
     @staticmethod
     def forward(ctx, x, factors, threshold, first):  # type: ignore[no-untyped-def]
@@ -297,16 +309,17 @@ class _Masked(torch.autograd.Function):
         ctx.first = first
         counted = kept[first:]
         share = 1 - counted.sum() / max(counted.numel(), 1)
-        return x * kept, share
+        rise = _slope(at[first:]).mean()
+        ctx.mark_non_differentiable(rise)
+        return x * kept, share, rise
 
     @staticmethod
-    def backward(ctx, gradient, of_share):  # type: ignore[no-untyped-def]
+    def backward(ctx, gradient, of_share, _):  # type: ignore[no-untyped-def]
         x, factors, threshold = ctx.saved_tensors
         at = _distance(x, factors, threshold)
         kept = at > 0
         kept[: ctx.first] = True
-        soft = torch.sigmoid(at / _WIDTH)
-        slope = soft * (1 - soft) / _WIDTH
+        slope = _slope(at)
         slope[: ctx.first] = 0
         counted = max(slope[ctx.first :].numel(), 1)
         moved = (gradient.float() * x.float() - of_share / counted) * slope
@@ -316,6 +329,12 @@ class _Masked(torch.autograd.Function):
 def _distance(x: torch.Tensor, factors: torch.Tensor, threshold: torch.Tensor) -> torch.Tensor:
     """ln(|x_i| f_i / t), float32; -inf becomes a number far below, which has no slope."""
     return x.detach().float().abs().clamp(min=1e-30).log() + factors.detach() - threshold.detach()
+
+
+def _slope(distance: torch.Tensor) -> torch.Tensor:
+    """Of the sigmoid that stands for the mask."""
+    soft = torch.sigmoid(distance / _WIDTH)
+    return soft * (1 - soft) / _WIDTH
 
 
 def _adam(
