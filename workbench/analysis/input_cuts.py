@@ -233,9 +233,7 @@ class BlockErrors:
             found = self._outputs(block)
         finally:
             self._masks.cuts = {}
-        norms = [
-            (now - whole)[self._first :].norm(dim=1).mean() for now, whole in zip(found, self._whole, strict=True)
-        ]
+        norms = [(now - whole)[self._first :].norm(dim=1).mean() for now, whole in zip(found, self._whole, strict=True)]
         return float(torch.stack(norms).mean())
 
     @torch.no_grad()

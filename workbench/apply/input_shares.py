@@ -98,10 +98,10 @@ def solved_shares(
     """
     grid = np.arange(0, nodes[-1] + _FINE / 2, _FINE)
     steps: list[tuple[float, int, float]] = []
-    for unit in np.flatnonzero(sizes > 0):
+    for unit in np.flatnonzero(sizes > 0).tolist():
         curve = _convex(grid, _curve(grid, np.asarray(nodes), damage[unit]))
         slopes = np.diff(curve) / (np.diff(grid) * sizes[unit])
-        steps += [(float(slope), int(unit), float(width)) for slope, width in zip(slopes, np.diff(grid), strict=True)]
+        steps += [(float(slope), unit, float(width)) for slope, width in zip(slopes, np.diff(grid), strict=True)]
     steps.sort(key=lambda one: one[0])  # stable: a unit's steps stay in their order
     found, shares, total = [], np.zeros(len(sizes)), 0.0
     at = 0

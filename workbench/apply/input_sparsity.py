@@ -73,9 +73,7 @@ class InputSparsity:
         sizes = _sizes(model, config)
         check_room(config.goals, sizes)
         check_finite(model)
-        windows, text = calibration_windows(
-            model, config.calibration_tokens, seed, job, "tuning", parts=draft.parts
-        )
+        windows, text = calibration_windows(model, config.calibration_tokens, seed, job, "tuning", parts=draft.parts)
         if len(windows[0]) <= config.first:
             raise RecipeError(f"Method 'input-sparsity': texts of {len(windows[0])} tokens have none to look at.")
         with torch.inference_mode(False):
@@ -155,9 +153,9 @@ class _Fit:
     def run(self, teacher: Teacher) -> InputCuts:
         """Return what is stored. A teacher without states is the model itself, as it is."""
         config = self._config
-        factors = column_norms(self._model) if config.criterion == "weighted" else {}
         # What is stored has half the digits: everything is measured under what is stored.
-        factors = {unit: _stored(f) for unit, f in factors.items()}
+        norms = column_norms(self._model) if config.criterion == "weighted" else {}
+        factors = {unit: _stored(f) for unit, f in norms.items()}
         with InputMasks(self._model, config.first, _floats(factors)) as masks:
             sizes = self._measured(masks)
             shares = self._split(masks, sizes)

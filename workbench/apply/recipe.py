@@ -187,8 +187,8 @@ class Recipe(Strict):
                 )
             if methods[i].stage != methods[j].stage:
                 raise RecipeError(
-                    f"Recipe: methods[{i}] '{methods[i].method}' and methods[{j}] '{methods[j].method}' decide at every "
-                    "token on widths and on what is left out, each as if the other did not: keep one of them."
+                    f"Recipe: methods[{i}] '{methods[i].method}' and methods[{j}] '{methods[j].method}' decide on "
+                    "widths and on what is left out, each as if the other did not: keep one of them."
                 )
         stored = methods[weights[0]]
         for i in after:

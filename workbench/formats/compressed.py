@@ -30,9 +30,9 @@ from workbench.formats import salient as salient
 from workbench.formats import tables as tables
 from workbench.formats.encodings import Encoding, Tensors, from_parts
 from workbench.formats.folder import MANIFEST, file_sha256, is_compressed, new_folder, refusal
-from workbench.formats.manifest import Base, EncodingRecord, FileRecord, Manifest
 from workbench.formats.input_cuts import PREFIX as CUTS_PREFIX
 from workbench.formats.input_cuts import InputCuts
+from workbench.formats.manifest import Base, EncodingRecord, FileRecord, Manifest
 from workbench.formats.selectors import PREFIX as SELECTORS_PREFIX
 from workbench.formats.selectors import Selectors
 from workbench.formats.stored import CONFIG, WEIGHTS, check_folder
@@ -140,7 +140,7 @@ class CompressedModel:
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of everything on disk that is computed with: linears, embedding, output, norms, biases, what decides."""
+        """Bytes of all on disk that is computed with: linears, embedding, output, norms, biases, what decides."""
         return sum(_bytes(tensor) for tensor in self.tensors().values())
 
     @property
@@ -342,9 +342,7 @@ def _read_tensors(
 _T = TypeVar("_T", Selectors, InputCuts)
 
 
-def _table(
-    kind: type[_T], folder: Path, config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]
-) -> _T | None:
+def _table(kind: type[_T], folder: Path, config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> _T | None:
     if not tensors:
         return None
     try:

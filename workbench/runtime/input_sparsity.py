@@ -14,7 +14,8 @@ import numpy as np
 from workbench.errors import EngineError
 from workbench.formats.input_cuts import InputCuts, share_below, threshold
 from workbench.models.base import Architecture, Unit
-from workbench.runtime.plan import Consumer, Decider, Plan, Policy, Scope, Tap, Threshold
+from workbench.runtime.mask_programs import Threshold
+from workbench.runtime.plan import Consumer, Decider, Plan, Policy, Scope, Tap
 
 _SLOT = "cut."
 
@@ -87,9 +88,7 @@ def input_shares(cuts: InputCuts, sparsity: float) -> np.ndarray:
     return np.array([np.interp(sparsity, at, rows[:, unit]) for unit in range(rows.shape[1])])
 
 
-def expected_sparsity(
-    architecture: Architecture, cuts: InputCuts, thresholds: Mapping[str, Sequence[float]]
-) -> float:
+def expected_sparsity(architecture: Architecture, cuts: InputCuts, thresholds: Mapping[str, Sequence[float]]) -> float:
     """Share of the units' weights that these thresholds (by slot) leave out of calibration text, first tokens apart.
 
     Raises:
