@@ -14,13 +14,14 @@ import torch
 
 from workbench.analysis.divergence import dense_states
 from workbench.analysis.input_cuts import InputMasks, Sizes, column_norms
-from workbench.apply import input_sparsity, learn_cuts
+from workbench.apply import input_sparsity, learn_cuts, soft_masks
 from workbench.apply.calibration import calibration_windows
 from workbench.apply.compress import compress
 from workbench.apply.input_shares import greedy_path, shares_along, solved_shares, uniform_shares
 from workbench.apply.input_sparsity_config import InputSparsityConfig
 from workbench.apply.recipe import Recipe
 from workbench.apply.rtn import RtnConfig
+from workbench.apply.soft_masks import SoftMask
 from workbench.errors import Cancelled, EngineError, IntegrityError, RecipeError
 from workbench.formats.compressed import CompressedModel
 from workbench.formats.input_cuts import InputCuts, share_below, threshold
@@ -290,6 +291,24 @@ def test_a_learnt_table_reaches_from_nothing_to_its_target(learnt: CompressedMod
         input_plan(arch, cuts, 0.6)
 
 
+def test_the_gradient_of_a_mask_is_that_of_a_sigmoid() -> None:
+    torch.manual_seed(0)
+    x, g = torch.randn(6, 5, requires_grad=True), torch.randn(6, 5)
+    factors, cut = torch.randn(5, requires_grad=True), torch.tensor(-0.3, requires_grad=True)
+    masked, share, rise = SoftMask.apply(x, factors, cut, 2)
+    kept = x.detach().abs() * factors.detach().exp() > cut.detach().exp()
+    kept[:2] = True
+    torch.testing.assert_close(masked, x * kept)
+    assert float(share.detach()) == pytest.approx(1 - float(kept[2:].float().mean()))
+    found = torch.autograd.grad((masked * g).sum() + 3 * share, (x, factors, cut))
+    soft = torch.sigmoid((x.detach().abs().log() + factors - cut) / soft_masks._WIDTH)
+    loss = (x.detach() * g * soft)[2:].sum() + 3 * (1 - soft[2:].mean())
+    expected = torch.autograd.grad(loss, (factors, cut), retain_graph=True)
+    torch.testing.assert_close(found[0], g * kept)
+    torch.testing.assert_close(found[1:], expected)
+    torch.testing.assert_close(rise, torch.autograd.grad(1 - soft[2:].mean(), cut)[0])
+
+
 def test_teachers_differ_and_several_targets_are_learnt(tiny_model: LoadedModel) -> None:
     found = {}
     for teacher in ("compressed", "dense"):
@@ -301,11 +320,11 @@ def test_teachers_differ_and_several_targets_are_learnt(tiny_model: LoadedModel)
     assert not any(parameter.requires_grad for parameter in tiny_model.module.parameters())
 
 
-def test_the_fit_to_stored_weights_starts_from_no_divergence_at_all(tiny_model: LoadedModel) -> None:
-    """With nothing left out, the divergence from the compressed teacher is none; from the dense one it is rounding."""
+def test_what_is_fitted_to_is_what_will_run(tiny_model: LoadedModel) -> None:
+    """Stored weights in place of the dense ones, embedding and output layer too, against the engine."""
     from workbench.apply.draft import Draft
-    from workbench.apply.input_sparsity import stored_weights
     from workbench.apply.registry import handler
+    from workbench.apply.stored_weights import stored_weights
 
     draft = Draft(tiny_model)
     config = RtnConfig(bits=3, group_size=16, output_bits=3)

@@ -13,16 +13,15 @@ All of it is seen through the weights that are stored, and not through those bef
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import nn
 
 from workbench.analysis.dense_pass import DensePass
-from workbench.analysis.divergence import dense_states, in_place_of_dense
+from workbench.analysis.divergence import dense_states
 from workbench.analysis.input_cuts import BlockErrors, InputMasks, Sizes, column_norms, measure_sizes, unit_damage
 from workbench.apply.calibration import calibration_windows, check_finite
 from workbench.apply.draft import Draft
@@ -31,6 +30,7 @@ from workbench.apply.input_sparsity_config import InputSparsityConfig
 from workbench.apply.learn_cuts import LearntCuts, Teacher, learn_cuts
 from workbench.apply.parts import Parts
 from workbench.apply.registry import register
+from workbench.apply.stored_weights import output_layer, stored_weights
 from workbench.corpus import TextRecord
 from workbench.errors import RecipeError
 from workbench.formats.input_cuts import InputCuts
@@ -83,7 +83,7 @@ class InputSparsity:
             with stored_weights(draft):
                 _check_outputs(model, windows[0])
                 if states is not None:
-                    teacher = Teacher(states, lambda: _head(model, head))
+                    teacher = Teacher(states, lambda: output_layer(model, head))
                 else:
                     teacher = Teacher([], nullcontext)
                 cuts = _Fit(model, config, windows, sizes, draft.parts, job).run(teacher)
@@ -91,28 +91,6 @@ class InputSparsity:
 
     def apply(self, draft: Draft, config: InputSparsityConfig, fitted: FittedCuts, *, job: Job) -> None:
         draft.input_cuts = fitted.cuts
-
-
-@contextmanager
-def stored_weights(draft: Draft) -> Iterator[None]:
-    """Run the draft's model with what is stored by now: linears, embedding, output layer, and folded norms."""
-    model, parts = draft.model, draft.model.architecture
-    weights = {
-        name: nn.Parameter(encoding.dequantize().to(model.device, model.dtype), requires_grad=False)
-        for name, encoding in draft.linears.items()
-    }
-    others = dict(draft.folded.vectors)
-    if draft.embedding is not None:
-        table = draft.embedding.dequantize()
-        others[f"{parts.embedding_path}.weight"] = table
-        others[f"{parts.output_path}.weight"] = table if draft.output is None else draft.output.dequantize()
-    with in_place_of_dense(model, weights, others):
-        yield
-
-
-def _head(model: LoadedModel, weight: torch.Tensor) -> AbstractContextManager[None]:
-    """Context in which the output layer has these weights."""
-    return in_place_of_dense(model, {}, {f"{model.architecture.output_path}.weight": weight})
 
 
 def _sizes(model: LoadedModel, config: InputSparsityConfig) -> np.ndarray:
