@@ -172,6 +172,7 @@ def test_a_model_that_is_not_there_is_one_error_everywhere(workbench: Callable[.
         ("generate", none, "Hi", "--engine", "cpu"),
         ("generate", none, "Hi", "--width", "4"),
         ("generate", none, "Hi", "--target", "4"),
+        ("generate", none, "Hi", "--sparsity", "0.4"),
         ("retune", none, "--log", tmp_path / "log.json", "--out", out),
         ("measure", none),
         ("demo", "--model", none, "--out", out),

@@ -12,9 +12,11 @@ from typing import Any
 import pytest
 
 from workbench.apply.compress import compress
+from workbench.apply.input_sparsity_config import InputSparsityConfig
 from workbench.apply.nested import NestedConfig
 from workbench.apply.precision_config import PrecisionConfig
 from workbench.apply.recipe import Recipe
+from workbench.apply.rtn import RtnConfig
 from workbench.models import load
 
 Command = Callable[..., Any]
@@ -85,6 +87,51 @@ def test_a_target_of_average_bits_is_chosen_when_generating(workbench: Command, 
         assert message in refused.line
 
 
+@pytest.fixture(scope="module")
+def sparse(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> Path:
+    """A compressed model that may leave inputs out."""
+    model = load(str(tiny_folder))
+    cuts = InputSparsityConfig(allocation="uniform", targets=(0.3, 0.6), calibration_tokens=1024)
+    recipe = Recipe.for_model(model, RtnConfig(bits=8, group_size=16), cuts)
+    return compress(model, recipe).save(tmp_path_factory.mktemp("compressed") / "sparse")
+
+
+def test_a_sparsity_is_held_when_generating(workbench: Command, sparse: Path, dynamic: Path) -> None:
+    asked = (*ASKED, "--engine", "reference")
+    found = [workbench("generate", sparse, *asked, "--sparsity", s).json for s in ("0", "0.3", "0.45", "0.6")]
+    assert [f["sparsity"] for f in found] == [0, 0.3, 0.45, 0.6]
+    for one in found:
+        assert one["expected_sparsity"] == pytest.approx(one["sparsity"], abs=5e-3)
+        assert one["effective_sparsity"] == pytest.approx(one["sparsity"], abs=0.1)
+    plain = workbench("generate", sparse, *asked).json
+    assert found[0]["tokens"] == plain["tokens"] != found[3]["tokens"]
+    assert "sparsity" not in plain
+    said = workbench("generate", sparse, "Hello", "--new-tokens", "8", "--engine", "reference", "--sparsity", "0.3")
+    assert "30.0% expected from the calibration text" in said.err
+    for model, arguments, message in (
+        (sparse, ("--sparsity", "0.7"), "give 0 to 0.6"),
+        (sparse, ("--sparsity", "-0.1"), "give 0 to 0.6"),
+        (sparse, ("--sparsity", "0.3", "--width", "3"), "neither --width nor --target"),
+        (sparse, ("--sparsity", "0.3", "--target", "3"), "neither --width nor --target"),
+        (sparse, ("--sparsity", "0.3", "--no-hold"), "--target"),
+        (dynamic, ("--sparsity", "0.3"), "'input-sparsity'"),
+    ):
+        refused = workbench("generate", model, *asked, *arguments)
+        assert refused.code != 0
+        assert message in refused.line
+
+
+def test_compress_names_a_sparsity_to_try(workbench: Command, tiny_folder: Path, tmp_path: Path) -> None:
+    recipe = tmp_path / "sparse.json"
+    cuts = {"method": "input-sparsity", "allocation": "uniform", "targets": [0.3], "calibration_tokens": 1024}
+    recipe.write_text(json.dumps({"model": "any", "methods": [{"method": "rtn", "group_size": 16}, cuts]}))
+    done = workbench("compress", tiny_folder, "--recipe", recipe, "--out", tmp_path / "small")
+    (line,) = (line for line in done.out.splitlines() if "workbench generate" in line)
+    _, *words = shlex.split(line)
+    assert words[-2:] == ["--sparsity", "0.3"]
+    assert workbench(*words, "--new-tokens", "4", "--engine", "reference").code == 0
+
+
 def test_what_needs_a_target_is_not_ignored_without_one(workbench: Command, dynamic: Path, tmp_path: Path) -> None:
     log = tmp_path / "new" / "counts.json"
     for option in (("--no-hold",), ("--hold",), ("--fail-safe",), ("--log", log)):
@@ -104,6 +151,7 @@ def test_what_is_no_compressed_model_is_told_from_what_is_not_there(
     commands: tuple[tuple[Callable[[Path], tuple[object, ...]], str], ...] = (
         (lambda model: ("generate", model, *ASKED, "--target", "3"), "--target"),
         (lambda model: ("generate", model, *ASKED, "--width", "3"), "--width"),
+        (lambda model: ("generate", model, *ASKED, "--sparsity", "0.3"), "--sparsity"),
         (lambda model: ("retune", model, "--log", log, "--out", tmp_path / "o"), "retune"),
         (lambda model: ("measure", model), "measure"),
     )

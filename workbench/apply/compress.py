@@ -12,6 +12,7 @@ from workbench.apply import awq as awq
 from workbench.apply import bnb as bnb
 from workbench.apply import gguf as gguf
 from workbench.apply import gptq as gptq
+from workbench.apply import input_sparsity as input_sparsity
 from workbench.apply import integer as integer
 from workbench.apply import nested as nested
 from workbench.apply import precision as precision
@@ -69,7 +70,8 @@ def compress(
         if not same or start.base.fingerprint != identity:
             raise RecipeError("The model to start from was not made of this one by the methods before the last.")
         folded = Folded.of(model, start.input_scales)
-        draft = Draft(model, dict(start.linears), start.embedding, start.output, start.selectors, folded)
+        decided = (start.selectors, start.input_cuts)
+        draft = Draft(model, dict(start.linears), start.embedding, start.output, *decided, folded)
         before, first = start.fit_seconds or 0.0, len(recipe.methods) - 1
     for index, config in enumerate(recipe.methods[first:], start=first):
         method = handler(config)
@@ -96,6 +98,7 @@ def compress(
         output=draft.output,
         others=_others(model) | {name: vector.float() for name, vector in draft.folded.vectors.items()},
         selectors=draft.selectors,
+        input_cuts=draft.input_cuts,
         input_scales=dict(draft.folded.scales),
         fit_seconds=before + time.perf_counter() - started,
     )

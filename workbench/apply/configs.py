@@ -9,7 +9,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import AfterValidator, Field, StrictBool
 
-from workbench.apply.config import Bits, GroupSize, MethodConfig, Strict, Whole, Widths
+from workbench.apply.config import Bits, GroupSize, MethodConfig, Stage, Strict, Whole, Widths
 from workbench.formats.limits import BLOCK_SIZES
 
 SHORTEST = 64  # tokens of a sampled document: shorter ones have few tokens with a past
@@ -96,7 +96,7 @@ class GptqConfig(MethodConfig, Calibrated):
         refit: solve the scales anew for the codes, by least squares. Clipped ranges and zero points stay.
     """
 
-    stage: ClassVar[Literal["weights", "codes", "precision"]] = "codes"
+    stage: ClassVar[Stage] = "codes"
     grid: ClassVar[bool] = True
 
     method: Literal["gptq"] = "gptq"
@@ -118,7 +118,7 @@ class TuneConfig(MethodConfig, Calibrated):
         steps: of Adam, each on one window of text.
     """
 
-    stage: ClassVar[Literal["weights", "codes", "precision"]] = "codes"
+    stage: ClassVar[Stage] = "codes"
     grid: ClassVar[bool] = True
 
     method: Literal["tune"] = "tune"
@@ -134,7 +134,7 @@ class SalientConfig(MethodConfig, Calibrated):
             over the unit's linears, or nothing (``random``).
     """
 
-    stage: ClassVar[Literal["weights", "codes", "precision"]] = "codes"
+    stage: ClassVar[Stage] = "codes"
 
     method: Literal["salient"] = "salient"
     share: Annotated[float, Field(gt=0, le=1)] = 0.01

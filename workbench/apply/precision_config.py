@@ -6,7 +6,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import AfterValidator, Field
 
-from workbench.apply.config import MethodConfig, Whole
+from workbench.apply.config import MethodConfig, Stage, Whole
 from workbench.apply.configs import FEWEST_TOKENS, NestedConfig
 from workbench.errors import RecipeError
 
@@ -30,7 +30,7 @@ class PrecisionConfig(MethodConfig):
     """
 
     method: Literal["dynamic-precision"] = "dynamic-precision"
-    stage: ClassVar[Literal["weights", "precision"]] = "precision"
+    stage: ClassVar[Stage] = "precision"
     memory_bits: Annotated[float, Field(gt=0)] | None = None
     targets: Annotated[tuple[float, ...], AfterValidator(_targets)] = (3.25, 4.0, 4.75)
     learning_steps: Annotated[Whole, Field(ge=1)] = 24

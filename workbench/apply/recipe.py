@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -26,6 +27,7 @@ from workbench.apply.configs import (
     TenderConfig,
     TuneConfig,
 )
+from workbench.apply.input_sparsity_config import InputSparsityConfig, check_sparse
 from workbench.apply.precision_config import PrecisionConfig, check_widths
 from workbench.corpus import TextRecord
 from workbench.errors import InputError, RecipeError
@@ -41,6 +43,7 @@ AnyMethod = Annotated[
     | SalientConfig
     | NestedConfig
     | PrecisionConfig
+    | InputSparsityConfig
     | AnyPrecisionConfig
     | TenderConfig
     | IntegerConfig
@@ -51,6 +54,9 @@ AnyMethod = Annotated[
 ]
 # Methods that leave group codes behind for another one to work on.
 _GRIDS = tuple(m.model_fields["method"].default for m in get_args(get_args(AnyMethod)[0]) if m.grid)
+
+# Stages of methods that leave the stored weights as they are and decide, token by token, what is read of them.
+_WHILE_RUNNING = ("precision", "sparsity")
 
 
 class Identity(Strict):
@@ -159,13 +165,14 @@ class Recipe(Strict):
                     f"right after one of {', '.join(_GRIDS)}."
                 )
         weights = [i for i, method in enumerate(methods) if method.stage == "weights"]
-        after = [i for i, method in enumerate(methods) if method.stage == "precision"]
+        after = [i for i, method in enumerate(methods) if method.stage in _WHILE_RUNNING]
         if not methods:
             raise RecipeError("Recipe: methods is empty; name one method that stores the weights, such as 'rtn'.")
         if not weights:
+            means = "'nested', which stores several widths" if methods[0].stage == "precision" else "one, such as 'rtn'"
             raise RecipeError(
-                f"Recipe: methods has '{methods[0].method}' alone, which chooses among stored widths: put 'nested', "
-                "which stores several, before it."
+                f"Recipe: methods has '{methods[0].method}' and no method that stores the weights it decides on: put "
+                f"{means}, before it."
             )
         if len(weights) > 1:
             i, j = weights[:2]
@@ -173,19 +180,25 @@ class Recipe(Strict):
                 f"Recipe: methods[{i}] '{methods[i].method}' and methods[{j}] '{methods[j].method}' both store the "
                 "weights of all units, and a unit has one format: keep one of them."
             )
-        if len(after) > 1:
-            i, j = after[:2]
-            raise RecipeError(
-                f"Recipe: '{methods[i].method}' is there twice, as methods[{i}] and methods[{j}]: keep one of them."
-            )
+        for i, j in itertools.combinations(after, 2):
+            if methods[i].method == methods[j].method:
+                raise RecipeError(
+                    f"Recipe: '{methods[i].method}' is there twice, as methods[{i}] and methods[{j}]: keep one of them."
+                )
+            if methods[i].stage != methods[j].stage:
+                raise RecipeError(
+                    f"Recipe: methods[{i}] '{methods[i].method}' and methods[{j}] '{methods[j].method}' decide on "
+                    "widths and on what is left out, each as if the other did not: keep one of them."
+                )
         stored = methods[weights[0]]
         for i in after:
             if i < weights[0]:
                 raise RecipeError(
                     f"Recipe: methods[{i}] '{methods[i].method}' comes before methods[{weights[0]}] '{stored.method}', "
-                    "whose widths it chooses among: put it after that."
+                    "whose weights it decides on: put it after that."
                 )
             check_widths(methods[i], stored)
+            check_sparse(methods[i], stored)
         return methods
 
     @classmethod
@@ -209,7 +222,7 @@ class Recipe(Strict):
         last = self.methods[-1]
         if last.stage != "codes":
             return last.label
-        named = [m.label for m in self.methods if m.stage != "precision"]
+        named = [m.label for m in self.methods if m.stage not in _WHILE_RUNNING]
         return "+".join(named if named[0] != "rtn" else named[1:])  # plain rounding is what the others correct
 
     @property

@@ -1,4 +1,4 @@
-"""Commands that read a model's text: ``generate``, at one width or at widths chosen per token, and ``retune``."""
+"""Commands that read a model's text: ``generate``, at a width, a target of bits or a sparsity, and ``retune``."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from workbench.files import check_output_file
 
 if TYPE_CHECKING:
     from workbench.formats.compressed import CompressedModel
+    from workbench.formats.input_cuts import InputCuts
     from workbench.formats.selectors import Selectors
     from workbench.progress import Job
     from workbench.runtime.base import Engine
@@ -53,6 +54,10 @@ def generate(
     log: Annotated[
         Path | None, typer.Option(help="With --target: add counts of what was chosen, and no text, to this file.")
     ] = None,
+    sparsity: Annotated[
+        float | None,
+        typer.Option(help="Share of the weights not to use, by leaving small inputs out: models with input sparsity."),
+    ] = None,
     engine: EngineName = "auto",
     threads: Threads = None,
     as_json: Json = False,
@@ -67,11 +72,17 @@ def generate(
         raise InputError("The prompt is empty: say what to ask.")
     if target is not None and width is not None:
         raise InputError("--width and --target exclude each other: one width for all tokens, or a choice at each.")
+    if sparsity is not None and (width is not None or target is not None):
+        raise InputError("--sparsity goes with neither --width nor --target: a model decides on widths or on sparsity.")
     if target is None:
         _require_target({"--hold" if hold else "--no-hold": hold is not None, "--fail-safe": fail_safe, "--log": log})
     watched: Held | None = None
+    expected: float | None = None
     with console.running(quiet=True) as job:
-        if target is None:
+        if sparsity is not None:
+            opened, expected = _at_sparsity(model, sparsity, engine, threads, job)
+            sequence = opened.start(seed=seed)
+        elif target is None:
             opened = _at_width(model, width, engine, threads, job)
             sequence = opened.start(seed=seed)
         else:
@@ -98,6 +109,7 @@ def generate(
                 watched.log.save(log)
     steps = [step.seconds for step in sequence.trace[len(ids) :]]
     per_token = 1000 * sum(steps) / len(steps) if steps else None
+    effective = 1 - sum(step.kept_weights for step in sequence.trace) / len(sequence.trace)
     if as_json:
         facts: dict[str, Any] = {
             "model": loaded.name,
@@ -115,6 +127,10 @@ def generate(
             facts["realised_bits"] = watched.controller.realised
             facts["warning"] = watched.controller.warning
             facts["units_unlike"] = list(watched.controller.watch.outside)
+        if sparsity is not None:
+            facts["sparsity"] = sparsity
+            facts["expected_sparsity"] = expected
+            facts["effective_sparsity"] = effective
         console.show_json(facts)
         return
     console.say(loaded.decode(reply))
@@ -127,6 +143,11 @@ def generate(
         console.tell(f"Read at {read:.3f} bits on average, prompt included; asked for {target:g}.")
         if warning:
             console.tell(warning)
+    if expected is not None:
+        console.tell(
+            f"{effective:.1%} of the blocks' weights were not used, prompt included; {expected:.1%} expected from the "
+            "calibration text."
+        )
 
 
 def retune(
@@ -210,6 +231,30 @@ def _at_target(
 
     plan = precision_plan(compressed.architecture, selectors, target)
     return open_engine(compressed, engine=engine, plan=plan, threads=threads, job=job)
+
+
+def _with_cuts(model: str) -> tuple[CompressedModel, InputCuts]:
+    from workbench.formats.compressed import CompressedModel
+
+    require_compressed(model, "--sparsity reads")
+    compressed = CompressedModel.load(model)
+    if compressed.input_cuts is None:
+        raise InputError(
+            f"{model} cannot leave inputs out: compress with the method 'input-sparsity' after the others."
+        )
+    return compressed, compressed.input_cuts
+
+
+def _at_sparsity(model: str, sparsity: float, engine: str, threads: int | None, job: Job) -> tuple[Engine, float]:
+    """Open an engine that leaves small inputs out, and say what share of the weights calibration text leaves out."""
+    from workbench.runtime import open_engine
+    from workbench.runtime.input_sparsity import expected_sparsity, input_plan, input_thresholds
+
+    compressed, cuts = _with_cuts(model)
+    plan = input_plan(compressed.architecture, cuts, sparsity)
+    thresholds = input_thresholds(compressed.architecture, cuts, sparsity)
+    expected = expected_sparsity(compressed.architecture, cuts, thresholds)
+    return open_engine(compressed, engine=engine, plan=plan, threads=threads, job=job), expected
 
 
 def _held(

@@ -109,11 +109,13 @@ def compress(
         console.say(f"Time of the fit: {duration(compressed.fit_seconds)}.")
     console.say(f"Written: {folder}")
     console.say(f"Next: workbench measure {shlex.quote(str(out))}")
-    console.say(f'      workbench generate {shlex.quote(str(out))} "Why is the sky blue?"{_width_choice(compressed)}')
+    console.say(f'      workbench generate {shlex.quote(str(out))} "Why is the sky blue?"{_choice(compressed)}')
 
 
-def _width_choice(compressed: CompressedModel) -> str:
-    """What ``generate`` is told of a model that chooses widths while running: the middle of what may be asked for."""
+def _choice(compressed: CompressedModel) -> str:
+    """What ``generate`` is told of a model that decides while running: the middle of the widths, a usual sparsity."""
+    if compressed.input_cuts is not None:
+        return f" --sparsity {min(0.4, compressed.input_cuts.highest):.2g}"
     if compressed.selectors is None:
         return ""
     from workbench.runtime.precision import target_range

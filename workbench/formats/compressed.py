@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -30,8 +30,11 @@ from workbench.formats import salient as salient
 from workbench.formats import tables as tables
 from workbench.formats.encodings import Encoding, Tensors, from_parts
 from workbench.formats.folder import MANIFEST, file_sha256, is_compressed, new_folder, refusal
+from workbench.formats.input_cuts import PREFIX as CUTS_PREFIX
+from workbench.formats.input_cuts import InputCuts
 from workbench.formats.manifest import Base, EncodingRecord, FileRecord, Manifest
-from workbench.formats.selectors import PREFIX, Selectors
+from workbench.formats.selectors import PREFIX as SELECTORS_PREFIX
+from workbench.formats.selectors import Selectors
 from workbench.formats.stored import CONFIG, WEIGHTS, check_folder
 from workbench.models.base import Architecture
 from workbench.models.build import config_from_dict
@@ -61,6 +64,7 @@ class CompressedModel:
         output: encoding of the output layer, None where it is tied to the embedding.
         others: all other parameters by state-dict name: norms and biases in fp32, other matrices in bf16.
         selectors: how widths are chosen per token, None where they are not.
+        input_cuts: how inputs of small magnitude are left out, None where they are not.
         input_scales: by unit id, what the columns of its linears were multiplied by, float32 (in,); the inverse is
             folded into what comes before. For comparing weights with dense ones and choosing codes anew, not to run.
         fit_seconds: wall time of making it, None where unknown.
@@ -77,6 +81,7 @@ class CompressedModel:
     output: Encoding | None
     others: Mapping[str, torch.Tensor]
     selectors: Selectors | None = None
+    input_cuts: InputCuts | None = None
     input_scales: Mapping[str, torch.Tensor] = field(default_factory=dict)
     fit_seconds: float | None = None
     folder: Path | None = None
@@ -98,16 +103,21 @@ class CompressedModel:
         """All stored tensors by their names on disk (``blocks.3.q.codes``, ``others.model.norm.weight``)."""
         stored = {f"{name}.{part}": t for name, encoding in self.encodings() for part, t in encoding.tensors().items()}
         stored |= {_OTHERS + key: tensor for key, tensor in self.others.items()}
-        chosen = self.selectors.arrays() if self.selectors is not None else {}
-        return stored | {name: torch.from_numpy(array) for name, array in chosen.items()}
+        for table in self._tables:
+            stored |= {name: torch.from_numpy(array) for name, array in table.arrays().items()}
+        return stored
+
+    @property
+    def _tables(self) -> list[Selectors | InputCuts]:
+        """What decides while the model runs."""
+        return [table for table in (self.selectors, self.input_cuts) if table is not None]
 
     @property
     def effective_bits(self) -> float:
-        """Stored bits per weight of the blocks' linears: codes, scales, zero points, padding and selectors."""
+        """Stored bits per weight of the blocks' linears: codes, scales, zero points, padding, and what decides."""
         bits = _bits_per_weight(self.linears.values())
-        if self.selectors is not None:
-            bits += self.selectors.stored_bits / sum(linear.n_weights for linear in self.architecture.linears)
-        return bits
+        decides = sum(table.stored_bits for table in self._tables)
+        return bits + decides / sum(linear.n_weights for linear in self.architecture.linears)
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -130,7 +140,7 @@ class CompressedModel:
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of everything on disk that is computed with: linears, embedding, output, norms, biases, selectors."""
+        """Bytes of all on disk that is computed with: linears, embedding, output, norms, biases, what decides."""
         return sum(_bytes(tensor) for tensor in self.tensors().values())
 
     @property
@@ -219,7 +229,7 @@ class CompressedModel:
             IntegrityError: missing, changed or damaged files; the message names the file.
         """
         folder, record, config = check_folder(path, verify)
-        parts, others, chosen = _read_tensors(folder / WEIGHTS)
+        parts, others, tables = _read_tensors(folder / WEIGHTS)
         records = {**record.linears, _EMBEDDING: record.embedding}
         if record.output is not None:
             records[_OUTPUT] = record.output
@@ -240,7 +250,8 @@ class CompressedModel:
             output=encodings.pop(_OUTPUT, None),
             linears=encodings,
             others=others,
-            selectors=_selectors(folder, config, chosen),
+            selectors=_table(Selectors, folder, config, tables[SELECTORS_PREFIX]),
+            input_cuts=_table(InputCuts, folder, config, tables[CUTS_PREFIX]),
             input_scales=_read(folder / SCALES) if SCALES in record.files else {},
             fit_seconds=_fit_seconds(folder / FIT),
             folder=folder,
@@ -310,28 +321,33 @@ def _read(path: Path) -> dict[str, torch.Tensor]:
 
 def _read_tensors(
     path: Path,
-) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """Return the tensors of each encoding, all others by state-dict name, and those of the selectors."""
+) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, torch.Tensor], dict[str, dict[str, torch.Tensor]]]:
+    """Return the tensors of each encoding, all others by state-dict name, and those of each table by its prefix."""
     stored = _read(path)
     parts: dict[str, dict[str, torch.Tensor]] = defaultdict(dict)
-    others, chosen = {}, {}
+    others: dict[str, torch.Tensor] = {}
+    tables: dict[str, dict[str, torch.Tensor]] = {prefix: {} for prefix in (SELECTORS_PREFIX, CUTS_PREFIX)}
     for name, tensor in stored.items():
-        if name.startswith(PREFIX):
-            chosen[name] = tensor
+        table = next((prefix for prefix in tables if name.startswith(prefix)), None)
+        if table is not None:
+            tables[table][name] = tensor
         elif name.startswith(_OTHERS):
             others[name.removeprefix(_OTHERS)] = tensor
         else:
             owner, _, part = name.rpartition(".")
             parts[owner][part] = tensor
-    return dict(parts), others, chosen
+    return dict(parts), others, tables
 
 
-def _selectors(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> Selectors | None:
+_T = TypeVar("_T", Selectors, InputCuts)
+
+
+def _table(kind: type[_T], folder: Path, config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> _T | None:
     if not tensors:
         return None
     try:
         arrays = {name: tensor.numpy() for name, tensor in tensors.items()}
-        return Selectors.from_arrays(arrays, architecture(config_from_dict(config)))
+        return kind.from_arrays(arrays, architecture(config_from_dict(config)))
     except (IntegrityError, TypeError) as error:
         raise IntegrityError(f"{folder}: {error}") from error
 
