@@ -13,6 +13,7 @@ from workbench.apply import bnb as bnb
 from workbench.apply import gguf as gguf
 from workbench.apply import gptq as gptq
 from workbench.apply import integer as integer
+from workbench.apply import masks as masks
 from workbench.apply import nested as nested
 from workbench.apply import precision as precision
 from workbench.apply import rtn as rtn
@@ -69,7 +70,15 @@ def compress(
         if not same or start.base.fingerprint != identity:
             raise RecipeError("The model to start from was not made of this one by the methods before the last.")
         folded = Folded.of(model, start.input_scales)
-        draft = Draft(model, dict(start.linears), start.embedding, start.output, start.selectors, folded)
+        draft = Draft(
+            model,
+            dict(start.linears),
+            start.embedding,
+            start.output,
+            selectors=start.selectors,
+            mask_predictor=start.mask_predictor,
+            folded=folded,
+        )
         before, first = start.fit_seconds or 0.0, len(recipe.methods) - 1
     for index, config in enumerate(recipe.methods[first:], start=first):
         method = handler(config)
@@ -96,6 +105,7 @@ def compress(
         output=draft.output,
         others=_others(model) | {name: vector.float() for name, vector in draft.folded.vectors.items()},
         selectors=draft.selectors,
+        mask_predictor=draft.mask_predictor,
         input_scales=dict(draft.folded.scales),
         fit_seconds=before + time.perf_counter() - started,
     )

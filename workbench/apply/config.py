@@ -80,13 +80,14 @@ class MethodConfig(Strict):
 
     Class attributes:
         stage: what the method decides; order and number of methods are checked by it. ``weights`` stores them,
-            ``codes`` changes stored group codes, ``precision`` chooses widths of stored codes while running.
+            ``codes`` changes stored group codes, ``precision`` chooses widths of stored codes while running,
+            ``sparsity`` what is left out while running.
         grid: whether it stores group codes, which a method of the stage ``codes`` can work on.
         version: raised when the same config gives other bytes than before, so that what a fit of the older method has
             left behind is not taken for parts of the newer one's.
     """
 
-    stage: ClassVar[Literal["weights", "codes", "precision"]] = "weights"
+    stage: ClassVar[Literal["weights", "codes", "precision", "sparsity"]] = "weights"
     grid: ClassVar[bool] = False
     version: ClassVar[int] = 1
 

@@ -91,7 +91,7 @@ class GptqConfig(MethodConfig, Calibrated):
         refit: solve the scales anew for the codes, by least squares. Clipped ranges and zero points stay.
     """
 
-    stage: ClassVar[Literal["weights", "codes", "precision"]] = "codes"
+    stage: ClassVar[Literal["weights", "codes", "precision", "sparsity"]] = "codes"
     grid: ClassVar[bool] = True
 
     method: Literal["gptq"] = "gptq"
@@ -113,7 +113,7 @@ class TuneConfig(MethodConfig, Calibrated):
         steps: of Adam, each on one window of text.
     """
 
-    stage: ClassVar[Literal["weights", "codes", "precision"]] = "codes"
+    stage: ClassVar[Literal["weights", "codes", "precision", "sparsity"]] = "codes"
     grid: ClassVar[bool] = True
 
     method: Literal["tune"] = "tune"
@@ -129,7 +129,7 @@ class SalientConfig(MethodConfig, Calibrated):
             over the unit's linears, or nothing (``random``).
     """
 
-    stage: ClassVar[Literal["weights", "codes", "precision"]] = "codes"
+    stage: ClassVar[Literal["weights", "codes", "precision", "sparsity"]] = "codes"
 
     method: Literal["salient"] = "salient"
     share: Annotated[float, Field(gt=0, le=1)] = 0.01

@@ -11,6 +11,7 @@ from workbench.apply.folding import Folded
 from workbench.apply.parts import Parts
 from workbench.errors import RecipeError, suggest
 from workbench.formats.encodings import DENSE_BITS, Dense, Encoding, Groups
+from workbench.formats.mask_predictor import MaskPredictor
 from workbench.formats.selectors import Selectors
 from workbench.models.base import Architecture, Linear, LoadedModel
 from workbench.progress import Job
@@ -26,6 +27,7 @@ class Draft:
         embedding: of the token embedding.
         output: of the output layer, None where tied.
         selectors: how widths are chosen per token, None where they are not.
+        mask_predictor: how heads and neurons are chosen per token, None where they are not.
         folded: input scales, folded away: the dense weights that are encoded are those after folding.
         parts: what the present method's fit has finished, and where it hands over what it finishes.
     """
@@ -35,6 +37,7 @@ class Draft:
     embedding: Encoding | None = None
     output: Encoding | None = None
     selectors: Selectors | None = None
+    mask_predictor: MaskPredictor | None = None
     folded: Folded = field(default_factory=Folded)
     parts: Parts = field(default_factory=Parts)
 

@@ -27,6 +27,7 @@ from workbench.apply.configs import (
     TuneConfig,
 )
 from workbench.apply.precision_config import PrecisionConfig, check_widths
+from workbench.apply.sparsity_config import PredictedSparsityConfig
 from workbench.corpus import TextRecord
 from workbench.errors import InputError, RecipeError
 from workbench.files import check_output_file, write_whole
@@ -41,6 +42,7 @@ AnyMethod = Annotated[
     | SalientConfig
     | NestedConfig
     | PrecisionConfig
+    | PredictedSparsityConfig
     | AnyPrecisionConfig
     | TenderConfig
     | IntegerConfig
@@ -129,6 +131,23 @@ def _plain_identity(value: Any) -> Any:
     return asdict(value) if isinstance(value, Fingerprint) else value
 
 
+def _check_sparsity(methods: tuple[MethodConfig, ...], sparse: list[int], weights: int, precision: list[int]) -> None:
+    """Raise ``RecipeError`` where a method of the stage ``sparsity`` cannot stand where it does."""
+    for i in sparse:
+        if i < weights:
+            raise RecipeError(
+                f"Recipe: methods[{i}] '{methods[i].method}' comes before methods[{weights}] "
+                f"'{methods[weights].method}', which stores the weights that it leaves out: put it after that."
+            )
+        if precision:
+            raise RecipeError(
+                f"Recipe: '{methods[i].method}' leaves weights out while running and '{methods[precision[0]].method}' "
+                "chooses their widths; engines do one or the other: keep one of them."
+            )
+        if any(methods[j].method == methods[i].method for j in sparse if j != i):
+            raise RecipeError(f"Recipe: '{methods[i].method}' is there twice: keep one of them.")
+
+
 class Recipe(Strict):
     """What to do to which model.
 
@@ -160,9 +179,15 @@ class Recipe(Strict):
                 )
         weights = [i for i, method in enumerate(methods) if method.stage == "weights"]
         after = [i for i, method in enumerate(methods) if method.stage == "precision"]
+        sparse = [i for i, method in enumerate(methods) if method.stage == "sparsity"]
         if not methods:
             raise RecipeError("Recipe: methods is empty; name one method that stores the weights, such as 'rtn'.")
         if not weights:
+            if not after:
+                raise RecipeError(
+                    f"Recipe: methods has '{methods[0].method}' and nothing that stores the weights: put such a "
+                    "method, as 'rtn', before it."
+                )
             raise RecipeError(
                 f"Recipe: methods has '{methods[0].method}' alone, which chooses among stored widths: put 'nested', "
                 "which stores several, before it."
@@ -186,6 +211,7 @@ class Recipe(Strict):
                     "whose widths it chooses among: put it after that."
                 )
             check_widths(methods[i], stored)
+        _check_sparsity(methods, sparse, weights[0], after)
         return methods
 
     @classmethod

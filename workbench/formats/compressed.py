@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -31,6 +31,8 @@ from workbench.formats import tables as tables
 from workbench.formats.encodings import Encoding, Tensors, from_parts
 from workbench.formats.folder import MANIFEST, file_sha256, is_compressed, new_folder, refusal
 from workbench.formats.manifest import Base, EncodingRecord, FileRecord, Manifest
+from workbench.formats.mask_predictor import PREFIX as MASK_PREFIX
+from workbench.formats.mask_predictor import MaskPredictor
 from workbench.formats.selectors import PREFIX, Selectors
 from workbench.formats.stored import CONFIG, WEIGHTS, check_folder
 from workbench.models.base import Architecture
@@ -45,6 +47,7 @@ __all__ = ["Base", "CompressedModel", "is_compressed"]
 
 FIT, SCALES = "fit.json", "input_scales.safetensors"
 _EMBEDDING, _OUTPUT, _OTHERS = "embedding", "output", "others."
+_Beside = TypeVar("_Beside", Selectors, MaskPredictor)
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,6 +64,7 @@ class CompressedModel:
         output: encoding of the output layer, None where it is tied to the embedding.
         others: all other parameters by state-dict name: norms and biases in fp32, other matrices in bf16.
         selectors: how widths are chosen per token, None where they are not.
+        mask_predictor: how heads and neurons are chosen per token, None where they are not.
         input_scales: by unit id, what the columns of its linears were multiplied by, float32 (in,); the inverse is
             folded into what comes before. For comparing weights with dense ones and choosing codes anew, not to run.
         fit_seconds: wall time of making it, None where unknown.
@@ -77,6 +81,7 @@ class CompressedModel:
     output: Encoding | None
     others: Mapping[str, torch.Tensor]
     selectors: Selectors | None = None
+    mask_predictor: MaskPredictor | None = None
     input_scales: Mapping[str, torch.Tensor] = field(default_factory=dict)
     fit_seconds: float | None = None
     folder: Path | None = None
@@ -98,15 +103,18 @@ class CompressedModel:
         """All stored tensors by their names on disk (``blocks.3.q.codes``, ``others.model.norm.weight``)."""
         stored = {f"{name}.{part}": t for name, encoding in self.encodings() for part, t in encoding.tensors().items()}
         stored |= {_OTHERS + key: tensor for key, tensor in self.others.items()}
-        chosen = self.selectors.arrays() if self.selectors is not None else {}
+        beside = [one for one in (self.selectors, self.mask_predictor) if one is not None]
+        chosen = {name: array for one in beside for name, array in one.arrays().items()}
         return stored | {name: torch.from_numpy(array) for name, array in chosen.items()}
 
     @property
     def effective_bits(self) -> float:
-        """Stored bits per weight of the blocks' linears: codes, scales, zero points, padding and selectors."""
+        """Stored bits per weight of the blocks' linears: codes, scales, zero points, padding, and what
+        chooses among them while running (selectors, mask predictor)."""
         bits = _bits_per_weight(self.linears.values())
-        if self.selectors is not None:
-            bits += self.selectors.stored_bits / sum(linear.n_weights for linear in self.architecture.linears)
+        n_weights = sum(linear.n_weights for linear in self.architecture.linears)
+        for beside in (self.selectors, self.mask_predictor):
+            bits += beside.stored_bits / n_weights if beside is not None else 0
         return bits
 
     @property
@@ -130,7 +138,8 @@ class CompressedModel:
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of everything on disk that is computed with: linears, embedding, output, norms, biases, selectors."""
+        """Bytes of everything on disk that is computed with: linears, embedding, output, norms, biases, selectors, mask
+        predictor."""
         return sum(_bytes(tensor) for tensor in self.tensors().values())
 
     @property
@@ -219,7 +228,7 @@ class CompressedModel:
             IntegrityError: missing, changed or damaged files; the message names the file.
         """
         folder, record, config = check_folder(path, verify)
-        parts, others, chosen = _read_tensors(folder / WEIGHTS)
+        parts, others, chosen, masks = _read_tensors(folder / WEIGHTS)
         records = {**record.linears, _EMBEDDING: record.embedding}
         if record.output is not None:
             records[_OUTPUT] = record.output
@@ -240,7 +249,8 @@ class CompressedModel:
             output=encodings.pop(_OUTPUT, None),
             linears=encodings,
             others=others,
-            selectors=_selectors(folder, config, chosen),
+            selectors=_beside(Selectors, folder, config, chosen),
+            mask_predictor=_beside(MaskPredictor, folder, config, masks),
             input_scales=_read(folder / SCALES) if SCALES in record.files else {},
             fit_seconds=_fit_seconds(folder / FIT),
             folder=folder,
@@ -310,28 +320,34 @@ def _read(path: Path) -> dict[str, torch.Tensor]:
 
 def _read_tensors(
     path: Path,
-) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """Return the tensors of each encoding, all others by state-dict name, and those of the selectors."""
+) -> tuple[
+    dict[str, dict[str, torch.Tensor]], dict[str, torch.Tensor], dict[str, torch.Tensor], dict[str, torch.Tensor]
+]:
+    """Return the tensors of each encoding, all others by state-dict name, and those of selectors and mask predictor."""
     stored = _read(path)
     parts: dict[str, dict[str, torch.Tensor]] = defaultdict(dict)
-    others, chosen = {}, {}
+    others, chosen, masks = {}, {}, {}
     for name, tensor in stored.items():
         if name.startswith(PREFIX):
             chosen[name] = tensor
+        elif name.startswith(MASK_PREFIX):
+            masks[name] = tensor
         elif name.startswith(_OTHERS):
             others[name.removeprefix(_OTHERS)] = tensor
         else:
             owner, _, part = name.rpartition(".")
             parts[owner][part] = tensor
-    return dict(parts), others, chosen
+    return dict(parts), others, chosen, masks
 
 
-def _selectors(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> Selectors | None:
+def _beside(
+    kind: type[_Beside], folder: Path, config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]
+) -> _Beside | None:
     if not tensors:
         return None
     try:
         arrays = {name: tensor.numpy() for name, tensor in tensors.items()}
-        return Selectors.from_arrays(arrays, architecture(config_from_dict(config)))
+        return kind.from_arrays(arrays, architecture(config_from_dict(config)))
     except (IntegrityError, TypeError) as error:
         raise IntegrityError(f"{folder}: {error}") from error
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from workbench.errors import EngineError, IntegrityError
+from workbench.formats.mask_predictor import PREFIX as MASK_PREFIX
 from workbench.formats.selectors import PREFIX
 from workbench.formats.stored import WEIGHTS, StoredTensors, check_folder
 from workbench.models.base import Architecture, Fingerprint, TextModel
@@ -187,7 +188,7 @@ class FolderSource:
         self._tensors = StoredTensors(folder / WEIGHTS)
         self._parts: dict[str, list[str]] = {}
         for name in self._tensors.names():
-            if not name.startswith(("others.", PREFIX)):
+            if not name.startswith(("others.", PREFIX, MASK_PREFIX)):
                 self._parts.setdefault(name.rpartition(".")[0], []).append(name)
         base = self._record.base
         self._architecture = architecture(SimpleNamespace(**self.config))  # type: ignore[arg-type]

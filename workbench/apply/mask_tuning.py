@@ -1,0 +1,223 @@
+"""Tune a mask predictor through the model itself: masks that cost the least divergence, not the best scores.
+
+The dense model is frozen and run with the masks that the predictor chooses; the divergence of its predictions from the
+dense ones at the tokens after the prefix is the loss. A mask is a step, score > threshold; backwards it has the slope
+of a sigmoid there (straight through, Bengio et al. 2013). One threshold on the scores of all units, at which the wanted
+share of weights is left out, follows the scores slowly, so the shares of blocks, and of heads and neurons, are learnt
+too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from workbench.analysis.divergence import log_probabilities
+from workbench.analysis.masking import MaskKind, masking
+from workbench.apply.mask_examples import Span
+from workbench.apply.mask_net import MaskNet
+from workbench.apply.mask_training import part_weights
+from workbench.errors import RecipeError
+from workbench.models.base import LoadedModel
+from workbench.progress import Job
+from workbench.runtime.plan import Tap
+
+_RATE, _MEAN_RATE = 1e-3, 1e-2  # of the matrices; of the means, in standard deviations of all scores
+_SLOPE = 0.3  # half width of the step's slope, in the same unit
+_FOLLOW = 0.2  # how far the threshold goes towards that of the latest texts
+_ROWS, _TOKENS = 256, 64  # positions whose predictions are held at once; whose scores a threshold is read from
+
+
+class _Step(torch.autograd.Function):
+    """1 where a score is above 0, and backwards a sigmoid's slope."""
+
+    @staticmethod
+    def forward(ctx, above: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        ctx.save_for_backward(above)
+        return (above > 0).to(above.dtype)
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        (above,) = ctx.saved_tensors
+        share = torch.sigmoid(above / _SLOPE)
+        return gradient * share * (1 - share) / _SLOPE
+
+
+class MaskedRun:
+    """The model with the masks that a net chooses, at a threshold for every group.
+
+    Args:
+        model: hooked while it runs.
+        net: on the model's device.
+        span: when is decided.
+        limits: float32 (groups,), thresholds; or one for all.
+    """
+
+    def __init__(self, model: LoadedModel, net: MaskNet, span: Span, limits: torch.Tensor) -> None:
+        self._model, self._net, self._span, self._limits = model, net, span, limits
+        self._masks: dict[tuple[int, MaskKind], torch.Tensor] = {}
+        self.scores: dict[int, torch.Tensor] = {}  # of each part at a few tokens, without gradients
+        self.kept = 0.0  # share of the weights of the net's units that was used after the prefix
+
+    def states(self, ids: torch.Tensor) -> torch.Tensor:
+        """Final states of ids (texts, tokens), (texts, tokens, hidden)."""
+        self._masks, self.scores, self.kept = {}, {}, 0.0
+        spec = self._net.spec
+        by_tap: dict[Tap, list[int]] = {}
+        for index, part in enumerate(spec.parts):
+            by_tap.setdefault(part.tap, []).append(index)
+        deciding = self._span.deciding(ids.shape[1]).to(ids.device)
+        decided = torch.unique(deciding[deciding >= 0])
+        place = torch.searchsorted(decided, deciding.clamp(min=0)).clamp(max=len(decided) - 1)
+
+        def see(tap: Tap, x: torch.Tensor) -> None:
+            x = x.reshape(*ids.shape, -1)[:, decided]
+            for index in by_tap[tap]:
+                self._choose(index, x.detach(), deciding, place)
+
+        def mask_of(block: int, kind: MaskKind) -> torch.Tensor | None:
+            return self._masks.pop((block, kind), None)
+
+        with masking(self._model, spec.taps, see, mask_of):
+            return self._model.module.base_model(input_ids=ids, use_cache=False).last_hidden_state
+
+    def _choose(self, index: int, taps: torch.Tensor, deciding: torch.Tensor, place: torch.Tensor) -> None:
+        spec, part = self._net.spec, self._net.spec.parts[index]
+        scores = self._net.parts[index](taps)
+        flat = scores.detach().flatten(0, 1)
+        self.scores[index] = flat[torch.linspace(0, len(flat) - 1, min(_TOKENS, len(flat))).long()]
+        weights = part_weights(self._net, index).to(flat.device)
+        whole = (deciding < 0)[:, None]
+        for number, (group, begin, end) in enumerate(spec.blocks_of(part), start=part.begin):
+            limit = self._limits[number] if self._limits.dim() else self._limits
+            mask = _Step.apply(scores[..., begin:end] - limit)
+            self.kept += float((mask.detach().float().mean(dim=(0, 1)) * weights[begin:end]).sum())
+            self._masks[group.block, group.kind] = torch.where(whole, 1.0, mask[:, place])
+
+
+def tune(
+    model: LoadedModel,
+    net: MaskNet,
+    scale: torch.Tensor,
+    windows: Sequence[Sequence[int]],
+    span: Span,
+    sparsities: Sequence[float],
+    steps: int,
+    *,
+    batch: int = 1,
+    seed: int = 0,
+    parameters: Mapping[str, torch.nn.Parameter] | None = None,
+    job: Job | None = None,
+) -> list[float]:
+    """Tune ``net`` in place; afterwards its scores can be compared between all groups, per weight.
+
+    Args:
+        model: the dense model; left as it was.
+        net: regressed, on the model's device.
+        scale: of its groups (``Regressed``): with it scores can be compared between groups.
+        windows: of one length, to train on.
+        span: when is decided.
+        sparsities: shares of the weights of all heads and neurons of the net's blocks, one drawn a step.
+        steps: of Adam.
+        batch: texts a step.
+        seed: of the order.
+        parameters: of the net, those to tune; None for all.
+        job: a stage, advanced by step.
+
+    Returns:
+        The divergence after every step, nats per token.
+
+    Raises:
+        RecipeError: outputs that are not finite.
+    """
+    job = job or Job()
+    job.stage("tune the mask predictor through the model", steps)
+    generator = torch.Generator().manual_seed(seed)
+    device = net.parts[0].mean.device
+    _rescale(net, scale.to(device))
+    chosen = dict(net.named_parameters() if parameters is None else parameters)
+    groups = [
+        {"params": [p for name, p in chosen.items() if name.endswith("mean")], "lr": _MEAN_RATE},
+        {"params": [p for name, p in chosen.items() if not name.endswith("mean")], "lr": _RATE},
+    ]
+    optimizer = torch.optim.Adam([group for group in groups if group["params"]])
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(steps, 1))
+    limits: dict[float, float] = {}
+    order, losses = torch.empty(0, dtype=torch.long), []
+    _unit_scores(model, net, span, windows[:batch])
+    with torch.inference_mode(False), torch.enable_grad():
+        for _ in range(steps):
+            if len(order) < batch:
+                order = torch.cat([order, torch.randperm(len(windows), generator=generator)])
+            here, order = order[:batch], order[batch:]
+            share = sparsities[int(torch.randint(len(sparsities), (1,), generator=generator))]
+            ids = torch.tensor([list(windows[i]) for i in here.tolist()], device=device)
+            if share not in limits:
+                limits[share] = _first_limit(model, net, span, ids, share)
+            optimizer.zero_grad(set_to_none=True)
+            run = MaskedRun(model, net, span, torch.tensor(limits[share], device=device))
+            losses.append(_divergence(model, run, ids, span.prefix))
+            optimizer.step()
+            schedule.step()
+            for key in limits:
+                limits[key] += _FOLLOW * (limit_of(net, run.scores, key) - limits[key])
+            job.advance()
+    return losses
+
+
+def limit_of(net: MaskNet, scores: Mapping[int, torch.Tensor], share: float) -> float:
+    """The threshold at which ``share`` of the weights is left out, of scores (tokens, units) of every part."""
+    values = torch.cat([scores[index].flatten() for index in range(len(net.parts))])
+    weights = torch.cat([part_weights(net, i).to(values.device).repeat(len(scores[i])) for i in range(len(net.parts))])
+    order = values.argsort()
+    total = weights[order].double().cumsum(0)
+    return float(values[order[int(torch.searchsorted(total, share * total[-1]).clamp(max=len(order) - 1))]])
+
+
+def _divergence(model: LoadedModel, run: MaskedRun, ids: torch.Tensor, prefix: int) -> float:
+    """Divergence at the tokens after the prefix; its gradient is left in the net's parameters."""
+    with torch.no_grad():
+        dense = model.module.base_model(input_ids=ids, use_cache=False).last_hidden_state[:, prefix:].flatten(0, 1)
+    states = run.states(ids)
+    flat = states[:, prefix:].flatten(0, 1)
+    total, gradient = 0.0, torch.zeros_like(flat)
+    for begin in range(0, len(flat), _ROWS):
+        rows = flat[begin : begin + _ROWS].detach().clone().requires_grad_(True)
+        with torch.no_grad():
+            wanted = log_probabilities(model, dense[begin : begin + _ROWS])
+        found = log_probabilities(model, rows)
+        loss = torch.nn.functional.kl_div(found, wanted, reduction="sum", log_target=True) / len(flat)
+        loss.backward()
+        total += float(loss.detach())
+        gradient[begin : begin + _ROWS] = rows.grad
+    if not torch.isfinite(torch.tensor(total)):
+        raise RecipeError("The outputs under masks are not finite: load the model in float32.")
+    flat.backward(gradient)
+    return total
+
+
+def _rescale(net: MaskNet, scale: torch.Tensor) -> None:
+    """Multiply each group's scores by its scale."""
+    with torch.no_grad():
+        for index, part in enumerate(net.spec.parts):
+            for number, (_, begin, end) in enumerate(net.spec.blocks_of(part), start=part.begin):
+                net.parts[index].rows[begin:end] *= scale[number]
+                net.parts[index].mean[begin:end] *= scale[number]
+
+
+def _unit_scores(model: LoadedModel, net: MaskNet, span: Span, windows: Sequence[Sequence[int]]) -> None:
+    """Divide all scores by one number, so that rates and slopes are in their standard deviations."""
+    ids = torch.tensor([list(window) for window in windows], device=net.parts[0].mean.device)
+    with torch.no_grad():
+        run = MaskedRun(model, net, span, torch.tensor(-torch.inf, device=ids.device))
+        run.states(ids)
+        values = torch.cat([scores.flatten() for scores in run.scores.values()])
+        _rescale(net, torch.full((len(net.spec.groups),), 1 / max(float(values.std()), 1e-30), device=ids.device))
+
+
+def _first_limit(model: LoadedModel, net: MaskNet, span: Span, ids: torch.Tensor, share: float) -> float:
+    with torch.no_grad():
+        run = MaskedRun(model, net, span, torch.tensor(-torch.inf, device=ids.device))
+        run.states(ids)
+    return limit_of(net, run.scores, share)
