@@ -52,10 +52,18 @@ class MaskedRun:
         net: on the model's device.
         span: when is decided.
         limits: float32 (groups,), thresholds; or one for all.
+        floors: by group, how many of it are kept at least; None for none.
     """
 
-    def __init__(self, model: LoadedModel, net: MaskNet, span: Span, limits: torch.Tensor) -> None:
-        self._model, self._net, self._span, self._limits = model, net, span, limits
+    def __init__(
+        self,
+        model: LoadedModel,
+        net: MaskNet,
+        span: Span,
+        limits: torch.Tensor,
+        floors: Sequence[int] | None = None,
+    ) -> None:
+        self._model, self._net, self._span, self._limits, self._floors = model, net, span, limits, floors
         self._masks: dict[tuple[int, MaskKind], torch.Tensor] = {}
         self.scores: dict[int, torch.Tensor] = {}  # of each part at a few tokens, without gradients
         self.kept = 0.0  # share of the weights of the net's units that was used after the prefix
@@ -91,7 +99,11 @@ class MaskedRun:
         whole = (deciding < 0)[:, None]
         for number, (group, begin, end) in enumerate(spec.blocks_of(part), start=part.begin):
             limit = self._limits[number] if self._limits.dim() else self._limits
-            mask = _Step.apply(scores[..., begin:end] - limit)
+            above = scores[..., begin:end] - limit
+            mask = _Step.apply(above)
+            if self._floors is not None and self._floors[number]:
+                best = above.detach().topk(self._floors[number], dim=-1).indices
+                mask = mask.scatter(-1, best, 1.0)
             self.kept += float((mask.detach().float().mean(dim=(0, 1)) * weights[begin:end]).sum())
             self._masks[group.block, group.kind] = torch.where(whole, 1.0, mask[:, place])
 
