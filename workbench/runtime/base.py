@@ -47,10 +47,12 @@ class StepTrace:
     """What one decoding step did.
 
     ``seconds`` is wall time inside the engine; ``read_bytes`` are stored bytes of block linears that a step of this
-    plan has to read (codes, scales and tables of the widths, heads and neurons in use); ``decisions`` maps each slot
-    to the value in force. Where inputs are rounded to integers with calibrated scales, ``clamped`` counts the codes
-    that were clamped and ``beyond`` the inputs beyond the calibrated range, each unit's inputs once. (Sums cannot
-    overflow: encodings whose sums could are refused.)
+    plan has to read (codes, scales and tables of the widths, heads and neurons in use); ``kept_weights`` is the share
+    of the block linears' weights that the step used (one less it is the effective sparsity). ``decisions`` maps each
+    slot to the value in force: a number, or a mask uint8 (size,), which is not to be written to. Where inputs are
+    rounded to integers with calibrated scales, ``clamped`` counts the codes that were clamped and ``beyond`` the inputs
+    beyond the calibrated range, each unit's inputs once. (Sums cannot overflow: encodings whose sums could are
+    refused.)
     """
 
     position: int
@@ -62,6 +64,7 @@ class StepTrace:
     parts: dict[str, float] = field(default_factory=dict)
     clamped: int = 0
     beyond: int = 0
+    kept_weights: float = 1.0
 
 
 class EngineSequence(Protocol):

@@ -100,9 +100,9 @@ class CpuEngine(Guarded):
         job: Job | None = None,
     ) -> None:
         self.plan = plan or Plan()
-        self.plan.check()
         source = open_source(target)
         try:
+            self.plan.check(source.architecture)
             self.model = source.model
             architecture = source.architecture
             self.activation_mode: ActivationMode = activation_mode or _fast_mode(source)
@@ -332,7 +332,7 @@ class CpuEngine(Guarded):
         decisions: dict[str, Any] = {}
         at = 0
         for name, size in self._slots:
-            decisions[name] = values[at] if size == 1 else tuple(values[at : at + size])
+            decisions[name] = values[at] if size == 1 else np.array(values[at : at + size]).astype(np.uint8)
             at += size
         return StepTrace(
             position,

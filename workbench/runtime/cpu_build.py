@@ -365,6 +365,11 @@ def _plan(engine: Any, plan: Plan, arch: Architecture) -> None:
             getattr(program, "first", 0),
         )
     for consumer in plan.consumers:
+        if consumer.offset or consumer.factors is not None:
+            raise EngineError(
+                f"The cpu engine has no offset or factors of {consumer.kind} ({consumer.target}): use the reference "
+                "engine."
+            )
         engine.add_consumer(
             plan.slots.index(consumer.slot),
             consumer.kind,

@@ -9,13 +9,16 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal, Protocol
 
 import numpy as np
 
 from workbench.errors import EngineError, suggest
 from workbench.models.base import Architecture
+from workbench.runtime.mask_programs import ConstantMask as ConstantMask
+from workbench.runtime.mask_programs import PredictedMask as PredictedMask
+from workbench.runtime.mask_programs import Threshold as Threshold
 
 TapKind = Literal["residual", "block_input", "attention_output", "mlp_input", "mlp_inner"]
 ConsumerKind = Literal["width", "heads", "neurons", "input_threshold", "path"]
@@ -59,8 +62,8 @@ class Scope:
 class Program(Protocol):
     """A small causal function of one token's tap.
 
-    ``size`` is 1 for a scalar slot, else the length of the mask it writes. ``multiply_adds`` and ``bytes`` are its
-    cost per decision.
+    ``size`` is 1 for a scalar slot, else the length of the mask it writes: zeros and ones, 1 = computed.
+    ``multiply_adds`` and ``bytes`` are its cost per decision.
     """
 
     @property
@@ -73,7 +76,7 @@ class Program(Protocol):
     def bytes(self) -> int: ...
 
     def __call__(self, taps: np.ndarray, positions: np.ndarray) -> np.ndarray:
-        """Map taps (n, width) float32 at sequence positions (n,) int64 to values (n,) or (n, size) float32.
+        """Map taps (n, width) float32 at sequence positions (n,) int64 to values (n,) float32 or masks (n, size) uint8.
 
         Row i of the result depends on row i of the arguments alone.
         """
@@ -206,8 +209,8 @@ class ProjectionMask:
     def __call__(self, taps: np.ndarray, positions: np.ndarray) -> np.ndarray:
         scores = taps.astype(np.float64) @ self.matrix.T.astype(np.float64)
         order = np.argsort(-scores, axis=1, kind="stable")[:, : self.keep]
-        mask = np.zeros(scores.shape, dtype=np.float32)
-        np.put_along_axis(mask, order, 1.0, axis=1)
+        mask = np.zeros(scores.shape, dtype=np.uint8)
+        np.put_along_axis(mask, order, 1, axis=1)
         return mask
 
 
@@ -252,9 +255,10 @@ class Consumer:
 
     ``width``: target a unit; the slot holds the bits to read it at, one of ``widths``. With ``levels`` the slot holds
     an index into them instead, so that one slot moves many units, each along its own widths.
-    ``heads`` / ``neurons``: target ``blocks.<i>``; the slot holds a mask of query heads / MLP neurons, 1 = computed.
-    Keys and values are always written.
-    ``input_threshold``: target a unit; inputs of magnitude at most the slot's value are left out.
+    ``heads`` / ``neurons``: target ``blocks.<i>``; the slot holds a mask of query heads / MLP neurons, 1 = computed,
+    from entry ``offset`` on, so that one slot may serve many blocks. Keys and values are always written.
+    ``input_threshold``: target a unit; inputs x with ``|x| * factors`` at most the slot's value are left out.
+    ``factors`` is float32 (in,), and 1 where it is not given.
     ``path``: target ``blocks.<i>``; the slot holds one of ``PATH_*``. Keys and values are still written.
     """
 
@@ -263,6 +267,8 @@ class Consumer:
     target: str
     widths: tuple[int, ...] = ()
     levels: tuple[int, ...] = ()
+    offset: int = 0
+    factors: np.ndarray | None = field(default=None, compare=False)
 
     def bits(self, values: np.ndarray) -> np.ndarray:
         """Bits int64 (n,) that slot values (n,) ask a width consumer for; -1 where there is no such level."""
@@ -302,8 +308,11 @@ class Plan:
                 return decider
         raise EngineError(f"The plan has no slot '{slot}'." + suggest(slot, self.slots))
 
-    def check(self) -> None:
-        """Raise ``EngineError`` where the plan contradicts itself: unknown slots, or a decision taken too late."""
+    def check(self, architecture: Architecture | None = None) -> None:
+        """Raise ``EngineError`` where the plan contradicts itself: unknown slots, or a decision taken too late.
+
+        With an architecture also where masks, factors and predictors do not fit it.
+        """
         if len(set(self.slots)) != len(self.slots):
             raise EngineError("Two deciders of the plan write the same slot.")
         for consumer in self.consumers:
@@ -320,6 +329,52 @@ class Plan:
                     f"The levels {list(consumer.levels)} of {consumer.target} are not all among its widths "
                     f"{list(consumer.widths)}."
                 )
+            if consumer.offset and consumer.kind not in ("heads", "neurons"):
+                raise EngineError(
+                    f"Only heads and neurons have an offset, {consumer.kind} of {consumer.target} has one."
+                )
+            if consumer.factors is not None and consumer.kind != "input_threshold":
+                raise EngineError(f"Only input_threshold takes factors, {consumer.kind} of {consumer.target} has them.")
+        for decider in self.deciders:
+            if decider.program.size > 1 and decider.default not in (0, 1):
+                raise EngineError(f"The default of mask '{decider.slot}' must be 0 or 1, got {decider.default}.")
+        if architecture is not None:
+            self._check_sizes(architecture)
+
+    def _check_sizes(self, arch: Architecture) -> None:
+        for consumer in self.consumers:
+            block, _ = _order_of_use(consumer)
+            if block >= arch.n_blocks:
+                raise EngineError(f"A consumer targets '{consumer.target}': the model has {arch.n_blocks} blocks.")
+            if consumer.kind in ("heads", "neurons"):
+                size = self.decider(consumer.slot).program.size
+                needed = arch.n_heads if consumer.kind == "heads" else arch.n_neurons
+                if consumer.offset < 0 or consumer.offset + needed > size:
+                    raise EngineError(
+                        f"The {consumer.kind} of {consumer.target} are {needed} entries from {consumer.offset} on of "
+                        f"slot '{consumer.slot}', which has {size}."
+                    )
+            if consumer.factors is not None:
+                inputs = arch.unit(consumer.target).linears[0].in_features
+                if consumer.factors.shape != (inputs,) or not (consumer.factors >= 0).all():
+                    raise EngineError(
+                        f"Factors of {consumer.target} must be {inputs} numbers of at least 0, got shape "
+                        f"{consumer.factors.shape}."
+                    )
+        for decider in self.deciders:
+            if isinstance(decider.program, PredictedMask):
+                width = tap_width(arch, decider.tap)
+                if decider.program.hidden.shape[1] != width:
+                    raise EngineError(
+                        f"The predictor of '{decider.slot}' reads {decider.program.hidden.shape[1]} values, its tap "
+                        f"({decider.tap.kind}) has {width}."
+                    )
+
+
+def tap_width(architecture: Architecture, tap: Tap) -> int:
+    """Length of a tap's vector."""
+    wide = {"attention_output": architecture.n_heads * architecture.head_dim, "mlp_inner": architecture.n_neurons}
+    return wide.get(tap.kind, architecture.hidden_size)
 
 
 # Position inside a block at which a tap is available and a consumer acts.
@@ -357,8 +412,8 @@ class Policy:
     """The part of a recipe that may change at run time without new bytes.
 
     A slot in ``values`` takes that value (a number, or a mask) instead of asking its decider, in sequences that start
-    from then on. ``thresholds`` replace those of a slot's program, as many and ascending, from the next token of
-    every sequence on; a slot that is not named has the plan's.
+    from then on. ``thresholds`` replace those of a slot's program, as many and as that program takes them (levels
+    ascend), from the next token of every sequence on; a slot that is not named has the plan's.
     """
 
     values: Mapping[str, float | np.ndarray] = field(default_factory=dict)
@@ -370,9 +425,25 @@ class Policy:
             size = plan.decider(slot).program.size
             if np.asarray(value).size not in (1, size):
                 raise EngineError(f"Slot '{slot}' has {size} values, the policy gives {np.asarray(value).size}.")
+            if size > 1 and not np.isin(value, (0, 1)).all():
+                raise EngineError(f"Slot '{slot}' is a mask of zeros and ones, the policy gives other values.")
         for slot, given in self.thresholds.items():
-            expected = len(getattr(plan.decider(slot).program, "thresholds", ()))
+            program = plan.decider(slot).program
+            expected = len(getattr(program, "thresholds", ()))
             if len(given) != expected:
                 raise EngineError(f"Slot '{slot}' has {expected} thresholds, the policy gives {len(given)}.")
-            if list(given) != sorted(given):
-                raise EngineError(f"Thresholds of levels must ascend, slot '{slot}' got {list(given)}.")
+            if expected:
+                try:
+                    with_thresholds(program, given)
+                except EngineError as error:
+                    raise EngineError(f"Slot '{slot}': {error}") from error
+
+
+def with_thresholds(program: Program, thresholds: Sequence[float]) -> Program:
+    """The same program with other thresholds.
+
+    Raises:
+        EngineError: the program does not take them.
+    """
+    given = tuple(float(t) for t in thresholds)
+    return replace(program, thresholds=given)  # type: ignore[type-var, call-arg]

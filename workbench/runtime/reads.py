@@ -1,4 +1,4 @@
-"""Stored bytes that one decoding step has to read under a plan, counted from the decisions in force."""
+"""What one decoding step uses of the blocks' linears under a plan: stored bytes and weights, from the decisions."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from workbench.runtime.plan import PATH_SKIP_ATTENTION, PATH_SKIP_BLOCK, PATH_SK
 
 
 class ReadCounter:
-    """Counts bytes of block linears per token.
+    """Counts what each token uses of the block linears: bytes that must be read, and the share of weights.
 
     A width consumer reads the linear at its width. A head mask scales the query rows and ``o``; a neuron mask scales
     gate, up and down; a skipped attention leaves out the query rows and ``o`` (keys and values are still written);
-    an input threshold scales a linear by its share of inputs kept. What a decider itself reads is added when it
-    decides.
+    an input threshold scales a linear by its share of inputs kept. What a decider itself reads is added to the bytes
+    when it decides.
 
     Args:
         architecture: the model's parts.
@@ -44,43 +44,51 @@ class ReadCounter:
         """Note which inputs of a linear passed their threshold, bool (..., tokens, in)."""
         self._kept_inputs[linear_id] = kept.reshape(-1, kept.shape[-1]).float().mean(dim=1).cpu().numpy()
 
-    def per_token(self, decisions: Decisions, count: int) -> np.ndarray:
-        """Bytes read for each of the chunk's ``count`` tokens, float64 (count,)."""
+    def per_token(self, decisions: Decisions, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """Bytes read, and share of the linears' weights used, of each of the chunk's ``count`` tokens, float64."""
         if not self._plan.consumers:
-            return np.full(count, self._total)
-        total = np.zeros(count)
+            return np.full(count, self._total), np.ones(count)
+        read, weights = np.zeros(count), np.zeros(count)
         for linear in self._architecture.linears:
-            total += self._of_linear(linear, decisions, count)
+            share = self._share(linear, decisions, count)
+            read += share * self._bytes(linear, decisions, count)
+            weights += share * linear.n_weights
         for decider in self._plan.deciders:
             every = {"token": 1, "every": decider.scope.n, "reply": 0}[decider.scope.kind]
             if every:
-                total += decider.program.bytes / every
-        return total
+                read += decider.program.bytes / every
+        return read, weights / sum(linear.n_weights for linear in self._architecture.linears)
 
-    def _of_linear(self, linear: Linear, decisions: Decisions, count: int) -> np.ndarray:
-        read = np.full(count, self._base[linear.id])
-        kind = linear.unit.rsplit(".", 1)[1]
+    def _bytes(self, linear: Linear, decisions: Decisions, count: int) -> np.ndarray:
         for consumer in self._plan.consumers:
             if consumer.target == linear.unit and consumer.kind == "width":
                 sizes = {b: self._stored_bytes(linear.id, b) for b in consumer.widths}
-                read = np.array([sizes[int(b)] for b in consumer.bits(decisions.in_force(consumer.slot))])
+                return np.array([sizes[int(b)] for b in consumer.bits(decisions.in_force(consumer.slot))])
+        return np.full(count, self._base[linear.id])
+
+    def _share(self, linear: Linear, decisions: Decisions, count: int) -> np.ndarray:
+        """Share of a linear's weights that each token uses, (count,)."""
+        kind = linear.unit.rsplit(".", 1)[1]
+        inputs = self._kept_inputs.get(linear.id)
+        share = np.ones(count) if inputs is None else inputs.astype(np.float64)
         for consumer in self._plan.consumers:
-            if consumer.target == f"blocks.{linear.block}":
-                kept = self._kept_share(consumer, kind, decisions)
-                share = self._query_share(linear) if kind == "qkv" else 1.0
-                read = read * (1 - share + share * kept)
-        return read * self._kept_inputs.get(linear.id, 1.0)
+            if consumer.target != f"blocks.{linear.block}":
+                continue
+            if inputs is not None and (consumer.kind, kind) in (("heads", "o"), ("neurons", "down")):
+                continue  # what is masked passes no threshold: it is counted already
+            kept = self._kept_share(consumer, kind, decisions)
+            rows = self._query_share(linear) if kind == "qkv" else 1.0
+            share = share * (1 - rows + rows * kept)
+        return share
 
     def _kept_share(self, consumer: Consumer, kind: str, decisions: Decisions) -> np.ndarray | float:
         attention = kind in ("qkv", "o")
-        values = decisions.in_force(consumer.slot)
-        if consumer.kind == "heads" and attention:
-            return values.mean(axis=1)
-        if consumer.kind == "neurons" and not attention:
-            return values.mean(axis=1)
+        if consumer.kind == ("heads" if attention else "neurons"):
+            size = self._architecture.n_heads if attention else self._architecture.n_neurons
+            return decisions.mask(consumer.slot, consumer.offset, consumer.offset + size).mean(axis=1)
         if consumer.kind == "path":
             skipped = PATH_SKIP_ATTENTION if attention else PATH_SKIP_MLP
-            return 1.0 - np.isin(values, (skipped, PATH_SKIP_BLOCK))
+            return 1.0 - np.isin(decisions.in_force(consumer.slot), (skipped, PATH_SKIP_BLOCK))
         return 1.0
 
     def _query_share(self, linear: Linear) -> float:

@@ -80,7 +80,7 @@ class ReferenceEngine(Guarded):
     def __init__(self, model: LoadedModel, plan: Plan | None = None, weights: WeightSource | None = None) -> None:
         self.model = model
         self.plan = plan or Plan()
-        self.plan.check()
+        self.plan.check(model.architecture)
         self.activation_mode: ActivationMode = "bf16" if model.dtype == torch.bfloat16 else "fp32"
         self.vocab_size = model.architecture.vocab_size
         self.context_length = model.architecture.context_length
@@ -283,7 +283,7 @@ class ReferenceEngine(Guarded):
         return logits.cpu()
 
     def _trace_of(self, decisions: Decisions, start: int, tokens: Sequence[int], seconds: float) -> list[StepTrace]:
-        reads = self._reads.per_token(decisions, len(tokens))
+        reads, kept = self._reads.per_token(decisions, len(tokens))
         clamped, beyond = self._integers.counts(len(tokens))
         return [
             StepTrace(
@@ -294,6 +294,7 @@ class ReferenceEngine(Guarded):
                 decisions.record(i) if self.plan.deciders else {},
                 clamped=int(clamped[i]),
                 beyond=int(beyond[i]),
+                kept_weights=float(kept[i]),
             )
             for i, token in enumerate(tokens)
         ]
@@ -369,7 +370,7 @@ class ReferenceEngine(Guarded):
         here = [c for c in self.plan.consumers if c.target in (unit.id, f"blocks.{linear.block}")]
         transforms = [self._transform(t) for t in self.plan.transforms.get(linear.id, ())]
         masks = [c for c in here if (c.kind, unit.kind) in (("heads", "o"), ("neurons", "down"))]
-        thresholds = [c for c in here if c.kind == "input_threshold"]
+        thresholds = [(c, self._factors(c)) for c in here if c.kind == "input_threshold"]
         widths = [c for c in here if c.kind == "width"]
         skipped_by = {"o": PATH_SKIP_ATTENTION, "down": PATH_SKIP_MLP}.get(unit.kind)
         paths = [c for c in here if c.kind == "path" and skipped_by is not None]
@@ -384,10 +385,13 @@ class ReferenceEngine(Guarded):
             for transform in transforms:
                 x = transform(x)
             for consumer in masks:
-                mask = self._value(consumer, x)
-                x = x * mask.repeat_interleave(x.shape[-1] // mask.shape[-1], dim=-1).view(x.shape)
-            for consumer in thresholds:
-                kept = x.abs() > self._value(consumer, x).view(*x.shape[:-1], 1)
+                # Chosen and not multiplied: what is masked is zero even where it is infinite.
+                mask = self._mask(consumer, arch.n_heads if unit.kind == "o" else arch.n_neurons, x.device)
+                kept = mask.repeat_interleave(x.shape[-1] // mask.shape[-1], dim=-1).view(x.shape)
+                x = torch.where(kept, x, torch.zeros((), dtype=x.dtype, device=x.device))
+            for consumer, factors in thresholds:
+                size = x.float().abs() if factors is None else x.float().abs() * factors
+                kept = size > self._value(consumer, size).view(*x.shape[:-1], 1)
                 self._reads.note_inputs(linear.id, kept)
                 x = x * kept
             return (x, *args[1:])
@@ -438,6 +442,18 @@ class ReferenceEngine(Guarded):
     def _value(self, consumer: Consumer, like: torch.Tensor) -> torch.Tensor:
         """The slot's values for the running chunk, on the device and in the dtype of ``like``."""
         return torch.from_numpy(self._in_force(consumer)).to(like.device, like.dtype)
+
+    def _mask(self, consumer: Consumer, size: int, device: torch.device) -> torch.Tensor:
+        """The part of a mask that a consumer reads, bool (tokens, size)."""
+        if self._running is None:
+            raise EngineError("A slot was read outside a run.")
+        part = self._running.mask(consumer.slot, consumer.offset, consumer.offset + size)
+        return torch.from_numpy(part != 0).to(device)
+
+    def _factors(self, consumer: Consumer) -> torch.Tensor | None:
+        if consumer.factors is None:
+            return None
+        return torch.from_numpy(np.array(consumer.factors, dtype=np.float32)).to(self.model.device)
 
     def _in_force(self, consumer: Consumer) -> np.ndarray:
         if self._running is None:
