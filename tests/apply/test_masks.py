@@ -1,4 +1,4 @@
-"""Predicted masks: what is learnt, what is stored of it, the plans that follow at any sparsity, and that they are causal."""
+"""Predicted masks: what is learnt and stored, the plans that follow at any sparsity, and that they are causal."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from workbench.apply.mask_examples import Examples, Span, collect
 from workbench.apply.mask_net import MaskNet, per_layer_spec, unified_spec
 from workbench.apply.mask_training import regress
 from workbench.apply.mask_tuning import MaskedRun, limit_of, tune
+from workbench.apply.nested import NestedConfig
 from workbench.apply.precision_config import PrecisionConfig
 from workbench.apply.recipe import Recipe
-from workbench.apply.nested import NestedConfig
 from workbench.apply.rtn import RtnConfig
 from workbench.apply.sparsity_config import PredictedSparsityConfig
 from workbench.errors import Cancelled, CorpusError, InputError, IntegrityError, RecipeError
@@ -63,7 +63,8 @@ def tokens(count: int, seed: int = 0) -> list[int]:
 
 def test_the_predictor_is_stored_counted_and_read_back(made: CompressedModel, tmp_path: Path) -> None:
     again = CompressedModel.load(made.save(tmp_path / "model"))
-    assert again.mask_predictor is not None and made.mask_predictor is not None
+    assert again.mask_predictor is not None
+    assert made.mask_predictor is not None
     before, after = made.mask_predictor.arrays(), again.mask_predictor.arrays()
     assert before.keys() == after.keys()
     assert all(np.array_equal(before[name], after[name]) for name in before)
@@ -87,7 +88,9 @@ DAMAGES: dict[str, Callable[[dict[str, np.ndarray]], Any]] = {
     "quantiles that fall": lambda arrays: arrays.update(
         {f"{PREFIX}quantiles": arrays[f"{PREFIX}quantiles"][:, ::-1].copy()}
     ),
-    "groups that do not follow": lambda arrays: _say(arrays, b'"attention_output", 0, 0, 4', b'"attention_output", 0, 1, 4'),
+    "groups that do not follow": lambda arrays: _say(
+        arrays, b'"attention_output", 0, 0, 4', b'"attention_output", 0, 1, 4'
+    ),
     "a block that is not there": lambda arrays: _say(arrays, b'"first_block": 1', b'"first_block": 7'),
     "an unknown scope": lambda arrays: _say(arrays, b'"token"', b'"never"'),
 }
@@ -121,9 +124,7 @@ def test_a_damaged_file_names_its_folder(made: CompressedModel, tmp_path: Path) 
 
 @pytest.mark.parametrize("predictor", ["unified", "per-layer"])
 @pytest.mark.parametrize("scope", ["token", "every", "reply"])
-def test_fits_are_equal_and_resume(
-    make_model: Callable[..., LoadedModel], predictor: str, scope: str
-) -> None:
+def test_fits_are_equal_and_resume(make_model: Callable[..., LoadedModel], predictor: str, scope: str) -> None:
     """A fit that is stopped again and again, each time with what was finished before, ends in the same bytes."""
     model = make_model()
     wanted = recipe(model, predictor=predictor, scope=scope, n=4, tune_steps=3, span=8)
@@ -164,7 +165,9 @@ def test_a_planted_rule_is_learnt(make_model: Callable[..., LoadedModel]) -> Non
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(4000, architecture.hidden_size, generator=generator)
     x = x / x.square().mean(dim=1, keepdim=True).sqrt()
-    inner = torch.relu(x @ torch.randn(architecture.hidden_size, 4, generator=generator) / architecture.hidden_size**0.5)
+    inner = torch.relu(
+        x @ torch.randn(architecture.hidden_size, 4, generator=generator) / architecture.hidden_size**0.5
+    )
     targets = []
     for group in spec.groups:
         rows = torch.rand(4, group.size, generator=generator)
@@ -172,7 +175,8 @@ def test_a_planted_rule_is_learnt(make_model: Callable[..., LoadedModel]) -> Non
     examples = Examples(torch.arange(4000) // 20, {spec.taps[0]: x}, targets, {}, 0)
     net = MaskNet(architecture, spec, 32, seed=0)
     found = regress(net, examples, 30, seed=0)
-    assert found.errors[0] == 1.0 and min(found.errors) < 0.1
+    assert found.errors[0] == 1.0
+    assert min(found.errors) < 0.1
     predicted = net.parts[0](x[:200]).detach()
     rounded = net.rounded()[0].scores(x[:200].numpy())
     spread = predicted.std(dim=0).mean()
@@ -242,8 +246,10 @@ def test_floors_are_kept(chosen: MaskPredictor, made: CompressedModel) -> None:
     # Not divided by its mean, the weak block would be left out whole.
     mask = mask_of_scores(architecture, groups, scores, 0.33, allocation="joint")
     kept = np.split(mask, np.cumsum([g.size for g in groups])[:-1])
-    assert kept[0].sum() == 1 and kept[1].sum() == 3  # one head, 3 % of 96 neurons
-    assert kept[0][-1] and kept[1][-3:].all()  # the best of them
+    assert kept[0].sum() == 1
+    assert kept[1].sum() == 3
+    assert kept[0][-1]
+    assert kept[1][-3:].all()
 
 
 @pytest.mark.parametrize("changes", [{}, {"predictor": "per-layer"}, {"scope": "every", "n": 4}, {"scope": "reply"}])
@@ -278,7 +284,8 @@ def test_masks_in_training_are_those_of_the_engine(
         assert np.abs(theirs - mine[row].numpy()).max() < 0.1 < np.abs(theirs - whole).max()
         assert np.abs(theirs - whole)[: config.prefix].max() < 1e-4  # the prefix is whole
         kept = [np.concatenate([np.asarray(d).ravel() for d in step.decisions.values()]) for step in trace]
-        assert all(mask.all() for mask in kept[: config.prefix]) and not kept[config.prefix].all()
+        assert all(mask.all() for mask in kept[: config.prefix])
+        assert not kept[config.prefix].all()
     assert run.kept < 1
 
 
@@ -319,7 +326,8 @@ def test_oracle_masks_are_replayed_and_hold_the_sparsity(
         (mask,) = step.decisions.values()
         assert np.array_equal(np.asarray(mask, np.uint8), *wanted.values())
     left = mask_sparsity(architecture, groups, np.stack([next(iter(r.values())) for r in recorded]))
-    assert (left[:8] == 0).all() and np.abs(left[8:] - 0.3).max() < 0.05
+    assert (left[:8] == 0).all()
+    assert np.abs(left[8:] - 0.3).max() < 0.05
     with pytest.raises(InputError, match="every position"):
         oracle_decisions(architecture, chosen, scores[:, 1:], 0.3)
 
@@ -361,7 +369,7 @@ def test_tuning_takes_off_divergence(make_model: Callable[..., LoadedModel], per
     examples = collect(model, windows, spec, "plainact", Span("token", prefix=8))
     net = MaskNet(model.architecture, spec, 16, seed=0)
     scale = regress(net, examples, 3, seed=0).scale
-    losses = tune(model, net, scale, windows, Span("token", prefix=8), (0.3,), 60, batch=4)
+    losses = tune(model, net, scale, windows, Span("token", prefix=8), (0.3,), 120, batch=4)
     assert np.mean(losses[-10:]) < 0.85 * np.mean(losses[:5])
     assert all(torch.equal(before[name], p) and p.grad is None for name, p in model.module.named_parameters())
 
@@ -398,11 +406,11 @@ def test_what_the_model_cannot_give_is_refused(make_model: Callable[..., LoadedM
         compress(model, recipe(model, whole_blocks=3))
     with pytest.raises(RecipeError, match="residual"):
         compress(model, recipe(model, whole_blocks=2))
-    with pytest.raises(RecipeError, match="nearest is 0.5|ascend"):
+    with pytest.raises(RecipeError, match="ascend"):
         PredictedSparsityConfig(tune_sparsities=(0.5, 0.3))
+    job = Job()
+    job.cancel()
     with pytest.raises(Cancelled):
-        job = Job()
-        job.cancel()
         compress(model, recipe(model), job=job)
 
 
@@ -428,7 +436,9 @@ def test_plans_that_cannot_be_are_refused(
 def test_a_tap_of_a_later_block_keeps_the_blocks_before_whole(make_model: Callable[..., LoadedModel]) -> None:
     model = make_model()
     sparse = compress(model, recipe(model, tap="residual", whole_blocks=2)).mask_predictor
-    assert sparse is not None and sparse.parts[0].tap == "residual" and sparse.first_block == 2
+    assert sparse is not None
+    assert sparse.parts[0].tap == "residual"
+    assert sparse.first_block == 2
     plan = mask_plan(model.architecture, sparse, 0.2, scope=Scope("token"))
     plan.check()
     assert {c.target for c in plan.consumers} == {"blocks.2"}

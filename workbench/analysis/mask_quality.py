@@ -62,7 +62,7 @@ class PredictorQuality:
         self._model, self._predictor, self._sparsity = model, predictor, sparsity
         self._windows = [list(window) for window in windows]
         self._groups = mask_groups(model.architecture, range(predictor.first_block, model.architecture.n_blocks))
-        self._true_means: list[np.ndarray] | None = None
+        self._means: list[tuple[np.ndarray, np.ndarray]] | None = None
         said = predictor.arrays()["mask_predictor.said"].tobytes().decode()
         parameters = {"windows": self._windows, "sparsity": sparsity, "predictor": said}
         parameters["sha256"] = _digest(predictor)
@@ -75,9 +75,11 @@ class PredictorQuality:
     def compute(self, part: str, job: Job) -> pd.DataFrame:
         """Return one sequence's rows."""
         index = int(part.rsplit("-", 1)[1])
-        if self._true_means is None:  # of every text, one pass each
-            self._true_means = [self._true(i, job).mean(axis=0) for i in range(len(self._windows))]
-        others = np.mean([mean for i, mean in enumerate(self._true_means) if i != index], axis=0)
+        if self._means is None:  # of every text, one pass each
+            self._means = [(_mean(self._true(i, job)), _mean(self._predicted(i))) for i in range(len(self._windows))]
+        others, expected = (
+            np.mean([means[side] for i, means in enumerate(self._means) if i != index], axis=0) for side in (0, 1)
+        )
         true, predicted = self._true(index, job), self._predicted(index)
         steps = [place[0] for place in self._places()]
         frames, begin = [], 0
@@ -86,7 +88,13 @@ class PredictorQuality:
             frames.append(
                 pd.DataFrame(
                     {"sequence": np.int32(index), "step": steps, "block": np.int16(group.block), "kind": group.kind}
-                    | agreement(true[:, begin:end], predicted[:, begin:end], others[begin:end], self._sparsity)
+                    | agreement(
+                        true[:, begin:end],
+                        predicted[:, begin:end],
+                        others[begin:end],
+                        expected[begin:end],
+                        self._sparsity,
+                    )
                 )
             )
             begin = end
@@ -135,13 +143,16 @@ class PredictorQuality:
         )
 
 
-def agreement(true: np.ndarray, predicted: np.ndarray, means: np.ndarray, sparsity: float) -> dict[str, Any]:
+def agreement(
+    true: np.ndarray, predicted: np.ndarray, means: np.ndarray, expected: np.ndarray, sparsity: float
+) -> dict[str, Any]:
     """Columns of ``PredictorQuality`` for one group.
 
     Args:
         true: (decisions, units).
         predicted: of the same shape.
         means: (units,), of the true scores, from other texts.
+        expected: (units,), of the predicted ones, likewise.
         sparsity: share of the units that a mask leaves out.
 
     Returns:
@@ -151,7 +162,7 @@ def agreement(true: np.ndarray, predicted: np.ndarray, means: np.ndarray, sparsi
     wanted = _top(true, keep)
     return {
         "spearman": spearman(true, predicted),
-        "spearman_demeaned": spearman(true - means, predicted - predicted.mean(axis=0)),
+        "spearman_demeaned": spearman(true - means, predicted - expected),
         "recall": (wanted & _top(predicted, keep)).sum(axis=1) / keep,
         "static_recall": (wanted & _top(means[None], keep)).sum(axis=1) / keep,
         "chance": np.full(len(true), keep / true.shape[1]),
@@ -164,6 +175,10 @@ def spearman(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     x, y = x - x.mean(axis=1, keepdims=True), y - y.mean(axis=1, keepdims=True)
     spread = np.sqrt((x * x).sum(axis=1) * (y * y).sum(axis=1))
     return np.divide((x * y).sum(axis=1), spread, out=np.full(len(a), np.nan), where=spread > 0)
+
+
+def _mean(scores: np.ndarray) -> np.ndarray:
+    return scores.mean(axis=0, dtype=np.float64)
 
 
 def _top(scores: np.ndarray, keep: int) -> np.ndarray:

@@ -219,7 +219,7 @@ class _Watch:
 class UnitCriteria:
     """Criteria of every head and neuron, one row per sequence, block, kind and unit: their means over its tokens.
 
-    Columns: ``sequence``, ``block``, ``kind`` (``heads`` or ``neurons``), ``unit``, ``n_tokens``, and one per criterion.
+    Columns: ``sequence``, ``block``, ``kind`` (``heads``, ``neurons``), ``unit``, ``n_tokens``, and one per criterion.
     With ``steps`` there is a row per token instead, and the column ``step``: as many rows as tokens times units, so
     name few blocks.
 

@@ -2,8 +2,8 @@
 
 As ShadowLLM (Akhauri et al. 2024): mean squared error, AdamW at 1e-3 falling as a cosine, targets normalised by layer.
 Three things differ. A target is the square root of a score over its group's mean: scores have long tails, and what a
-mask needs is the order about its threshold. Inputs are divided by their root mean square, which needs no second pass over
-them. And errors count by the weights that a unit takes along, so that nine heads weigh what they read.
+mask needs is the order about its threshold. Inputs are divided by their root mean square, which needs no second pass
+over them. And errors count by the weights that a unit takes along, so that nine heads weigh what they read.
 """
 
 from __future__ import annotations

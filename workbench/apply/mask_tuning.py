@@ -1,10 +1,10 @@
 """Tune a mask predictor through the model itself: masks that cost the least divergence, not the best scores.
 
 The dense model is frozen and run with the masks that the predictor chooses; the divergence of its predictions from the
-dense ones at the tokens after the prefix is the loss. A mask is a step, score > threshold; backwards it has the slope
-of a sigmoid there (straight through, Bengio et al. 2013). One threshold on the scores of all units, at which the wanted
-share of weights is left out, follows the scores slowly, so the shares of blocks, and of heads and neurons, are learnt
-too.
+dense ones at the tokens after the prefix is the loss. While tuning, masks are drawn: a unit is kept with a probability
+that rises with its score about the threshold, so that the loss has a slope. One threshold on the scores of all units
+leaves out the wanted share of weights, so the shares of blocks, and of heads and neurons, are learnt too: what moves a
+score moves the threshold, and that counts in the slope, or all scores would just rise.
 """
 
 from __future__ import annotations
@@ -23,25 +23,33 @@ from workbench.models.base import LoadedModel
 from workbench.progress import Job
 from workbench.runtime.plan import Tap
 
-_RATE, _MEAN_RATE = 1e-3, 1e-2  # of the matrices; of the means, in standard deviations of all scores
-_SLOPE = 0.3  # half width of the step's slope, in the same unit
-_FOLLOW = 0.2  # how far the threshold goes towards that of the latest texts
+_RATE, _MEAN_RATE = 3e-3, 3e-2  # of the matrices; of the means, in standard deviations of all scores
+_WIDTH = 0.3  # of the probability's slope, in the same unit
+_FOLLOW = 0.3  # how far the threshold goes towards that of the latest texts
 _ROWS, _TOKENS = 256, 64  # positions whose predictions are held at once; whose scores a threshold is read from
 
 
-class _Step(torch.autograd.Function):
-    """1 where a score is above 0, and backwards a sigmoid's slope."""
+class _Gate(torch.autograd.Function):
+    """1 with the probability p = sigmoid(above / width), and backwards the slope of its expectation, to second order.
+
+    The loss with a unit less that without it is (g(0) + g(1)) / 2 up to third order, g its derivative by the mask. Of
+    the two only that at the drawn value is known, so it counts one over twice the probability of having been drawn
+    (ReinMax, Liu et al. 2023, arXiv 2304.08612). The derivative at the drawn value alone would be zero for what is kept
+    of a model that fits (divergence has its least there), and twice what is due for what is left out: units would be
+    exchanged for ever.
+    """
 
     @staticmethod
-    def forward(ctx, above: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
-        ctx.save_for_backward(above)
-        return (above > 0).to(above.dtype)
+    def forward(ctx, above: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        mask = above + _WIDTH * noise > 0
+        ctx.save_for_backward(above, mask)
+        return mask.to(above.dtype)
 
     @staticmethod
-    def backward(ctx, gradient: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
-        (above,) = ctx.saved_tensors
-        share = torch.sigmoid(above / _SLOPE)
-        return gradient * share * (1 - share) / _SLOPE
+    def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
+        above, mask = ctx.saved_tensors
+        p = torch.sigmoid(above / _WIDTH)
+        return gradient * torch.where(mask, 1 - p, p) / (2 * _WIDTH), None
 
 
 class MaskedRun:
@@ -53,6 +61,7 @@ class MaskedRun:
         span: when is decided.
         limits: float32 (groups,), thresholds; or one for all.
         floors: by group, how many of it are kept at least; None for none.
+        drawn: draw masks, and keep what ``backward`` needs.
     """
 
     def __init__(
@@ -62,15 +71,18 @@ class MaskedRun:
         span: Span,
         limits: torch.Tensor,
         floors: Sequence[int] | None = None,
+        drawn: torch.Generator | None = None,
     ) -> None:
         self._model, self._net, self._span, self._limits, self._floors = model, net, span, limits, floors
+        self._drawn = drawn
+        self._held: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self._masks: dict[tuple[int, MaskKind], torch.Tensor] = {}
         self.scores: dict[int, torch.Tensor] = {}  # of each part at a few tokens, without gradients
-        self.kept = 0.0  # share of the weights of the net's units that was used after the prefix
+        self._kept: list[torch.Tensor] = []
 
     def states(self, ids: torch.Tensor) -> torch.Tensor:
         """Final states of ids (texts, tokens), (texts, tokens, hidden)."""
-        self._masks, self.scores, self.kept = {}, {}, 0.0
+        self._masks, self.scores, self._kept = {}, {}, []
         spec = self._net.spec
         by_tap: dict[Tap, list[int]] = {}
         for index, part in enumerate(spec.parts):
@@ -93,19 +105,47 @@ class MaskedRun:
     def _choose(self, index: int, taps: torch.Tensor, deciding: torch.Tensor, place: torch.Tensor) -> None:
         spec, part = self._net.spec, self._net.spec.parts[index]
         scores = self._net.parts[index](taps)
+        if self._drawn is not None:
+            apart = scores.detach().requires_grad_(True)
+            self._held[index] = (scores, apart)
+            scores = apart
+            noise = torch.rand(scores.shape, generator=self._drawn, device=scores.device).logit(1e-6)
         flat = scores.detach().flatten(0, 1)
-        self.scores[index] = flat[torch.linspace(0, len(flat) - 1, min(_TOKENS, len(flat))).long()]
+        few = torch.linspace(0, len(flat) - 1, min(_TOKENS, len(flat)), device=flat.device).long()
+        self.scores[index] = flat[few] + (_WIDTH * noise.flatten(0, 1)[few] if self._drawn is not None else 0)
         weights = part_weights(self._net, index).to(flat.device)
         whole = (deciding < 0)[:, None]
         for number, (group, begin, end) in enumerate(spec.blocks_of(part), start=part.begin):
             limit = self._limits[number] if self._limits.dim() else self._limits
             above = scores[..., begin:end] - limit
-            mask = _Step.apply(above)
+            mask = (above > 0).float() if self._drawn is None else _Gate.apply(above, noise[..., begin:end])
             if self._floors is not None and self._floors[number]:
                 best = above.detach().topk(self._floors[number], dim=-1).indices
                 mask = mask.scatter(-1, best, 1.0)
-            self.kept += float((mask.detach().float().mean(dim=(0, 1)) * weights[begin:end]).sum())
+            self._kept.append((mask.detach().mean(dim=(0, 1)) * weights[begin:end]).sum())
             self._masks[group.block, group.kind] = torch.where(whole, 1.0, mask[:, place])
+
+    @property
+    def kept(self) -> float:
+        """Share of the weights of the net's units that the decisions of the latest run kept."""
+        return float(torch.stack(self._kept).sum())
+
+    def backward(self) -> None:
+        """Give the net's parameters the gradients that the model has left at the scores.
+
+        The threshold keeps the sum of w p, w the weights, so it moves by w p' / sum(w p') with each score, p' the slope
+        of p; and the loss falls with the threshold by what it rises with all scores together.
+        """
+        slopes = {}
+        for index, (_, apart) in self._held.items():
+            p = torch.sigmoid((apart.detach() - self._limits) / _WIDTH)
+            slopes[index] = p * (1 - p) * part_weights(self._net, index).to(p.device)
+        total = sum(apart.grad.sum() for _, apart in self._held.values() if apart.grad is not None)
+        whole = sum(slope.sum() for slope in slopes.values())
+        for index, (scores, apart) in self._held.items():
+            if apart.grad is not None:
+                scores.backward(apart.grad - slopes[index] * (total / whole))
+        self._held = {}
 
 
 def tune(
@@ -147,6 +187,7 @@ def tune(
     job.stage("tune the mask predictor through the model", steps)
     generator = torch.Generator().manual_seed(seed)
     device = net.parts[0].mean.device
+    draws = torch.Generator(device=device).manual_seed(seed)
     _rescale(net, scale.to(device))
     chosen = dict(net.named_parameters() if parameters is None else parameters)
     groups = [
@@ -168,7 +209,7 @@ def tune(
             if share not in limits:
                 limits[share] = _first_limit(model, net, span, ids, share)
             optimizer.zero_grad(set_to_none=True)
-            run = MaskedRun(model, net, span, torch.tensor(limits[share], device=device))
+            run = MaskedRun(model, net, span, torch.tensor(limits[share], device=device), drawn=draws)
             losses.append(_divergence(model, run, ids, span.prefix))
             optimizer.step()
             schedule.step()
@@ -206,6 +247,7 @@ def _divergence(model: LoadedModel, run: MaskedRun, ids: torch.Tensor, prefix: i
     if not torch.isfinite(torch.tensor(total)):
         raise RecipeError("The outputs under masks are not finite: load the model in float32.")
     flat.backward(gradient)
+    run.backward()
     return total
 
 

@@ -76,7 +76,7 @@ def mask_plan(
         heads: share of the heads' weights, where it is not to be that of the neurons; not with ``joint``.
         protected: blocks that stay whole, beside those before the predictor's first.
         scope: when is decided; None takes what the predictor was trained for. Fixed masks are in force at every
-            token after the prefix.
+            token after the prefix, with ``reply`` after the prompt.
         prefix: tokens at the beginning that stay whole; None takes the predictor's. With scope ``reply`` it is the
             prompt, whatever its length.
         criterion: of ``static``; None takes the predictor's.
@@ -101,7 +101,8 @@ def mask_plan(
             for part in parts
         ]
     else:
-        scope = Scope("token")
+        by_reply = (_scope(predictor) if scope is None else scope).kind == "reply"
+        scope = Scope("reply") if by_reply else Scope("token")
         if kind == "oracle":
             mask = np.ones(sum(group.size for group in predictor_groups(architecture, predictor)), dtype=np.float32)
         else:
@@ -116,7 +117,7 @@ def mask_plan(
                 criterion=criterion,
                 seed=seed,
             )
-        programs = [ConstantMask(values=mask, first=prefix)]
+        programs = [ConstantMask(values=mask, first=0 if by_reply else prefix)]
     groups = predictor_groups(architecture, predictor)
     deciders, consumers = [], []
     for part, program in zip(parts, programs, strict=True):
