@@ -177,7 +177,7 @@ def _of_batch(
         if group is None:
             return
         found = [scores[criterion][row[:, None], governed[:, :, i]] for i in range(governed.shape[2])]
-        targets[group] = (sum(found) / len(found)).flatten(0, 1).to(torch.bfloat16)
+        targets[group] = torch.stack(found).mean(dim=0).flatten(0, 1).to(torch.bfloat16)
         for name, kept in sums.items():
             kept[group] = scores[name][:, span.prefix :].double().sum(dim=(0, 1)).cpu()
 

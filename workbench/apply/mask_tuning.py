@@ -10,6 +10,7 @@ score moves the threshold, and that counts in the slope, or all scores would jus
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 
@@ -40,13 +41,13 @@ class _Gate(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, above: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+    def forward(ctx: Any, above: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
         mask = above + _WIDTH * noise > 0
         ctx.save_for_backward(above, mask)
         return mask.to(above.dtype)
 
     @staticmethod
-    def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
         above, mask = ctx.saved_tensors
         p = torch.sigmoid(above / _WIDTH)
         return gradient * torch.where(mask, 1 - p, p) / (2 * _WIDTH), None
@@ -243,6 +244,7 @@ def _divergence(model: LoadedModel, run: MaskedRun, ids: torch.Tensor, prefix: i
         loss = torch.nn.functional.kl_div(found, wanted, reduction="sum", log_target=True) / len(flat)
         loss.backward()
         total += float(loss.detach())
+        assert rows.grad is not None  # it was asked for
         gradient[begin : begin + _ROWS] = rows.grad
     if not torch.isfinite(torch.tensor(total)):
         raise RecipeError("The outputs under masks are not finite: load the model in float32.")

@@ -70,4 +70,4 @@ class PredictedSparsityConfig(MethodConfig):
     tune_steps: Annotated[Whole, Field(ge=0)] = 0
     tune_sparsities: Annotated[tuple[Share, ...], AfterValidator(_shares)] = (0.3, 0.5)
     aggregates: Annotated[tuple[Criterion, ...], AfterValidator(_criteria)] = ("magnitude",)
-    calibration_tokens: Annotated[Whole, Field(ge=FEWEST_TOKENS)] = 27648
+    calibration_tokens: Annotated[Whole, Field(ge=FEWEST_TOKENS)] = 13824

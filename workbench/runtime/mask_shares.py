@@ -48,7 +48,7 @@ def mask_thresholds(
 
     def left_out(limits: np.ndarray) -> np.ndarray:
         shares = [
-            1 - float(share_above(kept, np.float64(cut))) for kept, cut in zip(predictor.quantiles, limits, strict=True)
+            1 - float(share_above(kept, np.asarray(cut))) for kept, cut in zip(predictor.quantiles, limits, strict=True)
         ]
         return np.minimum(shares, most)
 
@@ -72,7 +72,7 @@ def mask_thresholds(
 def expected_shares(predictor: MaskPredictor, thresholds: np.ndarray) -> np.ndarray:
     """Share of each group's units left out on held-out text at thresholds (groups,), floors not counted."""
     pairs = zip(predictor.quantiles, thresholds, strict=True)
-    return np.array([1 - float(share_above(kept, np.float64(cut))) for kept, cut in pairs])
+    return np.array([1 - float(share_above(kept, np.asarray(cut))) for kept, cut in pairs])
 
 
 def mask_of_scores(
@@ -173,13 +173,13 @@ def _pools(
         pools = [(of["heads"], share * size["heads"]), (of["neurons"], total - share * size["heads"])]
     floors = floors_of(groups, allocation)
     for members, wanted in pools:
-        room = float(sum((groups[i].size - floors[i]) * groups[i].weights for i in members))
+        room = float(sum((groups[i].size - floors[i]) * groups[i].weights for i in members.tolist()))
         if wanted < -1e-9 or wanted > room * (1 + 1e-9):
-            kinds = " and ".join(sorted({groups[i].kind for i in members})) or "units"
+            kinds = " and ".join(sorted({groups[i].kind for i in members.tolist()})) or "units"
             raise InputError(
                 f"A sparsity of {sparsity:g} is not possible here: the {kinds} that may be left out hold "
-                f"{room / sum(size.values()):.3g} of the weights, "
-                f"and {wanted / sum(size.values()):.3g} is asked of them: "
+                f"{room / sum(size.values()):.3g} of the weights, and "
+                f"{wanted / sum(size.values()):.3g} is asked of them: "
                 "ask for less, or protect fewer blocks."
             )
     return [(members, wanted) for members, wanted in pools if wanted > 0]
