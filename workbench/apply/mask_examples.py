@@ -6,7 +6,7 @@ Scores may use gradients, in which later tokens have a part: they are targets, a
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -85,6 +85,11 @@ class Examples:
     targets: list[torch.Tensor]
     means: dict[str, torch.Tensor]
     tokens: int
+
+    def cpu(self) -> Examples:
+        """The same, out of the memory of whatever device the model is on."""
+        inputs = {tap: rows.cpu() for tap, rows in self.inputs.items()}
+        return replace(self, inputs=inputs, targets=[target.cpu() for target in self.targets])
 
 
 def collect(

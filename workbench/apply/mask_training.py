@@ -41,7 +41,7 @@ def group_means(targets: Sequence[torch.Tensor]) -> torch.Tensor:
     Raises:
         RecipeError: scores that are not finite.
     """
-    means = torch.stack([target.float().mean() for target in targets])
+    means = torch.stack([target.float().mean().cpu() for target in targets])
     if not bool(means.isfinite().all()):
         raise RecipeError("Scores are not finite: load the model in float32, or give another criterion.")
     return means.clamp(min=1e-30)  # a dead group: any order will do

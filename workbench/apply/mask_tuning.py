@@ -24,8 +24,10 @@ from workbench.models.base import LoadedModel
 from workbench.progress import Job
 from workbench.runtime.plan import Tap
 
-_RATE, _MEAN_RATE = 3e-3, 3e-2  # of the matrices; of the means, in standard deviations of all scores
-_WIDTH = 0.3  # of the probability's slope, in the same unit
+# Most that a step moves a sum of products of a matrix, and a mean, in standard deviations of all scores. Adam moves
+# every number alike, so the rate of a matrix is this over the number of its columns.
+_RATE, _MEAN_RATE = 0.05, 0.03
+_WIDTH = 0.3  # of the slope of the probability that a unit is kept, in the same unit
 _FOLLOW = 0.3  # how far the threshold goes towards that of the latest texts
 _ROWS, _TOKENS = 256, 64  # positions whose predictions are held at once; whose scores a threshold is read from
 
@@ -191,11 +193,8 @@ def tune(
     draws = torch.Generator(device=device).manual_seed(seed)
     _rescale(net, scale.to(device))
     chosen = dict(net.named_parameters() if parameters is None else parameters)
-    groups = [
-        {"params": [p for name, p in chosen.items() if name.endswith("mean")], "lr": _MEAN_RATE},
-        {"params": [p for name, p in chosen.items() if not name.endswith("mean")], "lr": _RATE},
-    ]
-    optimizer = torch.optim.Adam([group for group in groups if group["params"]])
+    groups = [{"params": [p], "lr": _RATE / p.shape[1] if p.dim() == 2 else _MEAN_RATE} for p in chosen.values()]
+    optimizer = torch.optim.Adam(groups)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(steps, 1))
     limits: dict[float, float] = {}
     order, losses = torch.empty(0, dtype=torch.long), []

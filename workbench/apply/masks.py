@@ -185,7 +185,7 @@ def _examples(
             first_text=begin,
             seed=seed,
             job=job,
-        )
+        ).cpu()
         parts.keep(f"examples {begin}", _packed(made, spec), made.tokens)
         found.append(made)
     return joined(found)
