@@ -14,6 +14,7 @@ from workbench.apply import gguf as gguf
 from workbench.apply import gptq as gptq
 from workbench.apply import input_sparsity as input_sparsity
 from workbench.apply import integer as integer
+from workbench.apply import masks as masks
 from workbench.apply import nested as nested
 from workbench.apply import precision as precision
 from workbench.apply import rtn as rtn
@@ -70,8 +71,16 @@ def compress(
         if not same or start.base.fingerprint != identity:
             raise RecipeError("The model to start from was not made of this one by the methods before the last.")
         folded = Folded.of(model, start.input_scales)
-        decided = (start.selectors, start.input_cuts)
-        draft = Draft(model, dict(start.linears), start.embedding, start.output, *decided, folded)
+        draft = Draft(
+            model,
+            dict(start.linears),
+            start.embedding,
+            start.output,
+            start.selectors,
+            start.input_cuts,
+            start.mask_predictor,
+            folded,
+        )
         before, first = start.fit_seconds or 0.0, len(recipe.methods) - 1
     for index, config in enumerate(recipe.methods[first:], start=first):
         method = handler(config)
@@ -99,6 +108,7 @@ def compress(
         others=_others(model) | {name: vector.float() for name, vector in draft.folded.vectors.items()},
         selectors=draft.selectors,
         input_cuts=draft.input_cuts,
+        mask_predictor=draft.mask_predictor,
         input_scales=dict(draft.folded.scales),
         fit_seconds=before + time.perf_counter() - started,
     )

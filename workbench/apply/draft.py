@@ -12,6 +12,7 @@ from workbench.apply.parts import Parts
 from workbench.errors import RecipeError, suggest
 from workbench.formats.encodings import DENSE_BITS, Dense, Encoding, Groups
 from workbench.formats.input_cuts import InputCuts
+from workbench.formats.mask_predictor import MaskPredictor
 from workbench.formats.selectors import Selectors
 from workbench.models.base import Architecture, Linear, LoadedModel
 from workbench.progress import Job
@@ -28,6 +29,7 @@ class Draft:
         output: of the output layer, None where tied.
         selectors: how widths are chosen per token, None where they are not.
         input_cuts: how inputs of small magnitude are left out, None where they are not.
+        mask_predictor: how heads and neurons are chosen per token, None where they are not.
         folded: input scales, folded away: the dense weights that are encoded are those after folding.
         parts: what the present method's fit has finished, and where it hands over what it finishes.
     """
@@ -38,6 +40,7 @@ class Draft:
     output: Encoding | None = None
     selectors: Selectors | None = None
     input_cuts: InputCuts | None = None
+    mask_predictor: MaskPredictor | None = None
     folded: Folded = field(default_factory=Folded)
     parts: Parts = field(default_factory=Parts)
 

@@ -29,6 +29,7 @@ from workbench.apply.configs import (
 )
 from workbench.apply.input_sparsity_config import InputSparsityConfig, check_sparse
 from workbench.apply.precision_config import PrecisionConfig, check_widths
+from workbench.apply.sparsity_config import PredictedSparsityConfig
 from workbench.corpus import TextRecord
 from workbench.errors import InputError, RecipeError
 from workbench.files import check_output_file, write_whole
@@ -44,6 +45,7 @@ AnyMethod = Annotated[
     | NestedConfig
     | PrecisionConfig
     | InputSparsityConfig
+    | PredictedSparsityConfig
     | AnyPrecisionConfig
     | TenderConfig
     | IntegerConfig

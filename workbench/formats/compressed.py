@@ -33,6 +33,8 @@ from workbench.formats.folder import MANIFEST, file_sha256, is_compressed, new_f
 from workbench.formats.input_cuts import PREFIX as CUTS_PREFIX
 from workbench.formats.input_cuts import InputCuts
 from workbench.formats.manifest import Base, EncodingRecord, FileRecord, Manifest
+from workbench.formats.mask_predictor import PREFIX as MASKS_PREFIX
+from workbench.formats.mask_predictor import MaskPredictor
 from workbench.formats.selectors import PREFIX as SELECTORS_PREFIX
 from workbench.formats.selectors import Selectors
 from workbench.formats.stored import CONFIG, WEIGHTS, check_folder
@@ -48,6 +50,7 @@ __all__ = ["Base", "CompressedModel", "is_compressed"]
 
 FIT, SCALES = "fit.json", "input_scales.safetensors"
 _EMBEDDING, _OUTPUT, _OTHERS = "embedding", "output", "others."
+_PREFIXES = (SELECTORS_PREFIX, CUTS_PREFIX, MASKS_PREFIX)  # of the tables that decide while a model runs
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,6 +68,7 @@ class CompressedModel:
         others: all other parameters by state-dict name: norms and biases in fp32, other matrices in bf16.
         selectors: how widths are chosen per token, None where they are not.
         input_cuts: how inputs of small magnitude are left out, None where they are not.
+        mask_predictor: how heads and neurons are chosen per token, None where they are not.
         input_scales: by unit id, what the columns of its linears were multiplied by, float32 (in,); the inverse is
             folded into what comes before. For comparing weights with dense ones and choosing codes anew, not to run.
         fit_seconds: wall time of making it, None where unknown.
@@ -82,6 +86,7 @@ class CompressedModel:
     others: Mapping[str, torch.Tensor]
     selectors: Selectors | None = None
     input_cuts: InputCuts | None = None
+    mask_predictor: MaskPredictor | None = None
     input_scales: Mapping[str, torch.Tensor] = field(default_factory=dict)
     fit_seconds: float | None = None
     folder: Path | None = None
@@ -108,9 +113,9 @@ class CompressedModel:
         return stored
 
     @property
-    def _tables(self) -> list[Selectors | InputCuts]:
+    def _tables(self) -> list[Selectors | InputCuts | MaskPredictor]:
         """What decides while the model runs."""
-        return [table for table in (self.selectors, self.input_cuts) if table is not None]
+        return [table for table in (self.selectors, self.input_cuts, self.mask_predictor) if table is not None]
 
     @property
     def effective_bits(self) -> float:
@@ -252,6 +257,7 @@ class CompressedModel:
             others=others,
             selectors=_table(Selectors, folder, config, tables[SELECTORS_PREFIX]),
             input_cuts=_table(InputCuts, folder, config, tables[CUTS_PREFIX]),
+            mask_predictor=_table(MaskPredictor, folder, config, tables[MASKS_PREFIX]),
             input_scales=_read(folder / SCALES) if SCALES in record.files else {},
             fit_seconds=_fit_seconds(folder / FIT),
             folder=folder,
@@ -326,7 +332,7 @@ def _read_tensors(
     stored = _read(path)
     parts: dict[str, dict[str, torch.Tensor]] = defaultdict(dict)
     others: dict[str, torch.Tensor] = {}
-    tables: dict[str, dict[str, torch.Tensor]] = {prefix: {} for prefix in (SELECTORS_PREFIX, CUTS_PREFIX)}
+    tables: dict[str, dict[str, torch.Tensor]] = {prefix: {} for prefix in _PREFIXES}
     for name, tensor in stored.items():
         table = next((prefix for prefix in tables if name.startswith(prefix)), None)
         if table is not None:
@@ -339,7 +345,7 @@ def _read_tensors(
     return dict(parts), others, tables
 
 
-_T = TypeVar("_T", Selectors, InputCuts)
+_T = TypeVar("_T", Selectors, InputCuts, MaskPredictor)
 
 
 def _table(kind: type[_T], folder: Path, config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> _T | None:

@@ -17,6 +17,7 @@ import numpy as np
 
 from workbench.errors import EngineError, IntegrityError
 from workbench.formats.input_cuts import PREFIX as CUTS_PREFIX
+from workbench.formats.mask_predictor import PREFIX as MASKS_PREFIX
 from workbench.formats.selectors import PREFIX as SELECTORS_PREFIX
 from workbench.formats.stored import WEIGHTS, StoredTensors, check_folder
 from workbench.models.base import Architecture, Fingerprint, TextModel
@@ -188,7 +189,7 @@ class FolderSource:
         self._tensors = StoredTensors(folder / WEIGHTS)
         self._parts: dict[str, list[str]] = {}
         for name in self._tensors.names():
-            if not name.startswith(("others.", SELECTORS_PREFIX, CUTS_PREFIX)):
+            if not name.startswith(("others.", SELECTORS_PREFIX, CUTS_PREFIX, MASKS_PREFIX)):
                 self._parts.setdefault(name.rpartition(".")[0], []).append(name)
         base = self._record.base
         self._architecture = architecture(SimpleNamespace(**self.config))  # type: ignore[arg-type]

@@ -68,7 +68,7 @@ class Protection:
     by: Literal["activation", "weight", "random"] = "activation"
 
     def awq(self, calibration_tokens: int) -> AwqConfig:
-        """The method that stores the weights. Scales are judged as the prediction does, by the unit and before clipping.
+        """The method that stores the weights. Scales are judged as the prediction judges: by the unit, before clipping.
 
         Raises:
             RecipeError: a value that is not possible.
