@@ -2,6 +2,7 @@
 #pragma once
 
 #include "attention_impl.hpp"
+#include "columns_impl.hpp"
 #include "integer_impl.hpp"
 #include "products_impl.hpp"
 #include "vectors_impl.hpp"
@@ -19,6 +20,7 @@ constexpr Kernels make_kernels(Isa isa) {
   k.dense_f32 = dense_f32<V>;
   k.dense_bf16 = dense_bf16<V>;
   k.integer = integer<V>;
+  k.columns = columns<V>;
   k.quantize_integer = quantize_integer<V>;
   k.rms_norm = rms_norm<V>;
   k.layer_norm = layer_norm<V>;

@@ -7,7 +7,7 @@ translated here into data, from the same configs that transformers reads.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,7 @@ import numpy as np
 from workbench.errors import EngineError
 from workbench.models.base import Architecture
 from workbench.progress import Job
+from workbench.runtime.cpu_columns import column_units, set_columns
 from workbench.runtime.cpu_integer import input_of
 from workbench.runtime.cpu_source import GROUP_KINDS, INTEGER_KINDS, Matrix, Source
 from workbench.runtime.plan import (
@@ -93,6 +94,7 @@ def build(
     cores: Sequence[int] = (),
     isa: str = "auto",
     planes: bool = False,
+    columns: bool = True,
     job: Job | None = None,
 ) -> Any:
     """Build the decoder of a model.
@@ -106,6 +108,7 @@ def build(
         cores: processor of each thread, or none.
         isa: ``auto``, ``portable``, ``avx2``, ``avx512`` or ``avx512bf16``.
         planes: keep group codes as bit-planes and not packed.
+        columns: lay units with input thresholds out input by input.
         job: progress.
 
     Raises:
@@ -144,7 +147,8 @@ def build(
             engine.add_rope(frequencies, factor)
         for block, (rope, window) in enumerate(of_block):
             engine.set_attention(block, rope, window)
-        offsets = _matrices(engine, source, arch, planes, job)
+        wanted = column_units(plan, arch) if columns and not planes else set()
+        offsets = _matrices(engine, source, arch, planes, wanted, job)
         _vectors(engine, source, arch, offsets)
         _plan(engine, plan, arch)
         engine.finish()
@@ -214,17 +218,26 @@ def _llama3(frequencies: np.ndarray, parameters: Mapping[str, Any]) -> np.ndarra
 # Weights --------------------------------------------------------------------------------------------------------------
 
 
-def _matrices(engine: Any, source: Source, arch: Architecture, planes: bool, job: Job) -> dict[str, np.ndarray]:
-    """Hand over all matrices; return what integer ones add to their products, by linear id."""
+def _matrices(
+    engine: Any, source: Source, arch: Architecture, planes: bool, columns: Collection[str], job: Job
+) -> dict[str, np.ndarray]:
+    """Hand over all matrices; return what integer ones add to their products, by linear id.
+
+    Units in ``columns`` are laid out input by input where their weights are stored so that they can be.
+    """
     offsets = {}
     job.stage("prepare weights", len(arch.linears))
-    for linear in arch.linears:
-        matrix = source.matrix(linear.id)
-        if matrix.kind in INTEGER_KINDS and "offset" in matrix.tensors:
-            offsets[linear.id] = matrix.tensors["offset"]
-        for role, part in _split(linear.role, matrix, arch):
-            _set(engine, f"blocks.{linear.block}.{role}", part, planes)
-        job.advance()
+    for unit in arch.units:
+        parts = []
+        for linear in unit.linears:
+            matrix = source.matrix(linear.id)
+            if matrix.kind in INTEGER_KINDS and "offset" in matrix.tensors:
+                offsets[linear.id] = matrix.tensors["offset"]
+            parts += [(f"blocks.{linear.block}.{role}", part) for role, part in _split(linear.role, matrix, arch)]
+            job.advance()
+        if unit.id not in columns or not set_columns(engine, parts):
+            for name, part in parts:
+                _set(engine, name, part, planes)
     if source.has_output():
         _set(engine, "output", source.matrix("output"), False)
     _set(engine, "embedding", source.matrix("embedding"), False)
@@ -374,11 +387,6 @@ def _plan(engine: Any, plan: Plan, arch: Architecture) -> None:
             first=getattr(program, "first", 0),
         )
     for consumer in plan.consumers:
-        if consumer.factors is not None:
-            raise EngineError(
-                f"The cpu engine has no factors of inputs ({consumer.kind} of {consumer.target}): use the reference "
-                "engine."
-            )
         engine.add_consumer(
             plan.slots.index(consumer.slot),
             consumer.kind,
@@ -386,6 +394,7 @@ def _plan(engine: Any, plan: Plan, arch: Architecture) -> None:
             list(consumer.widths),
             list(consumer.levels),
             consumer.offset,
+            [] if consumer.factors is None else np.asarray(consumer.factors, dtype=np.float32).tolist(),
         )
 
 
