@@ -580,7 +580,7 @@ void Decoder::Pass::block(int index, int t) {
     chosen.clear();
     for (int r = 0; r < n; ++r)
       if (!skipped(r, 1.0f)) chosen.push_back(r);
-    count(b.q, t, b.heads, s.head_dim, {}, &chosen);
+    count(b.q, t, b.heads, s.head_dim, {}, b.q.columns != nullptr ? nullptr : &chosen);  // columns hold q, k and v
     count(b.k, t);
     count(b.v, t);
   }

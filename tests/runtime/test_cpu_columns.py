@@ -90,9 +90,9 @@ def agrees_but_for_the_edge(found: np.ndarray, expected: np.ndarray) -> None:
 def test_codes_agree_with_the_reference(make_model: Callable[..., LoadedModel], family: str, factors: bool) -> None:
     model = make_model(family)
     codes, plan = small(model), limits(model, factors=factors)
-    reference = ReferenceEngine(codes, plan)
+    reference = open_engine(codes, engine="reference", plan=plan)
     assert 0.2 < kept(reference) < 0.9
-    engine = CpuEngine(codes, plan, threads=2, activation_mode="fp32")
+    engine = CpuEngine(codes, plan, columns=True, threads=2, activation_mode="fp32")
     agrees_but_for_the_edge(rows(engine), rows(reference))
     assert kept(engine) == pytest.approx(kept(reference), abs=1e-3)
 
@@ -101,9 +101,10 @@ def test_codes_agree_with_the_reference(make_model: Callable[..., LoadedModel], 
 def test_bf16_weights_agree_with_the_reference(make_model: Callable[..., LoadedModel], isa: str) -> None:
     model = in_bf16(make_model("llama"))
     plan = limits(model)
-    engine = CpuEngine(model, plan, threads=2, isa=isa, activation_mode="fp32")
+    engine = CpuEngine(model, plan, columns=True, threads=2, isa=isa, activation_mode="fp32")
     widened = make_model("llama")
-    widened.module.to(torch.bfloat16).to(torch.float32)
+    for parameter in widened.module.parameters():  # not its table of positions
+        parameter.data = parameter.data.bfloat16().float()
     agrees_but_for_the_edge(rows(engine), rows(ReferenceEngine(widened, plan)))
 
 
@@ -111,9 +112,9 @@ def test_bf16_weights_agree_with_the_reference(make_model: Callable[..., LoadedM
 @pytest.mark.parametrize("isa", kernels().isas())
 def test_int8_activations_stay_close_to_fp32(tiny_model: LoadedModel, isa: str, symmetric: bool) -> None:
     codes, plan = small(tiny_model, symmetric=symmetric), limits(tiny_model)
-    exact = rows(CpuEngine(codes, plan, activation_mode="fp32", threads=1)).astype(np.float64)
+    exact = rows(CpuEngine(codes, plan, columns=True, activation_mode="fp32", threads=1)).astype(np.float64)
     whole = rows(CpuEngine(codes, activation_mode="fp32", threads=1))
-    found = rows(CpuEngine(codes, plan, threads=2, isa=isa))
+    found = rows(CpuEngine(codes, plan, columns=True, threads=2, isa=isa))
 
     def kl(q: np.ndarray) -> float:
         return float((np.exp(exact) * (exact - q)).sum(axis=1).mean())
@@ -129,10 +130,10 @@ def test_score_batch_and_threads_compute_what_a_step_does(
     model = make_model("llama")
     target: Any = in_bf16(model) if stored == "bf16" else small(model)
     plan = limits(model, factors=True)
-    engine = CpuEngine(target, plan, threads=2, activation_mode=mode)
+    engine = CpuEngine(target, plan, columns=True, threads=2, activation_mode=mode)
     logits, sequence = steps(engine, TEXT, 20)
     for threads in (1, 3):
-        other = CpuEngine(target, plan, threads=threads, activation_mode=mode)
+        other = CpuEngine(target, plan, columns=True, threads=threads, activation_mode=mode)
         np.testing.assert_array_equal(steps(other, TEXT, 20)[0], logits)
     exact = logits.astype(np.float64)
     stepped = exact - np.log(np.exp(exact - exact.max(axis=1, keepdims=True)).sum(axis=1, keepdims=True))
@@ -149,14 +150,14 @@ def test_score_batch_and_threads_compute_what_a_step_does(
 
 
 def test_no_later_token_changes_an_earlier_one(tiny_model: LoadedModel) -> None:
-    engine = CpuEngine(small(tiny_model), limits(tiny_model), threads=2)
+    engine = CpuEngine(small(tiny_model), limits(tiny_model), columns=True, threads=2)
     other = TEXT[:60] + [(t + 1) % 256 for t in TEXT[60:]]
     np.testing.assert_array_equal(rows(engine)[:60], rows(engine, other)[:60])
 
 
 def test_what_is_read_falls_with_what_is_left_out(tiny_model: LoadedModel) -> None:
     codes, plan = small(tiny_model), limits(tiny_model)
-    engine = CpuEngine(codes, plan, threads=2)
+    engine = CpuEngine(codes, plan, columns=True, threads=2)
     read, used = [], []
     for scale in (0.0, 0.5, 1.0, 2.0, 1e6):
         engine.set_policy(Policy(thresholds={d.slot: [scale * d.program.thresholds[0]] for d in plan.deciders}))
@@ -192,8 +193,8 @@ def test_other_decisions_act_beside_thresholds(tiny_model: LoadedModel) -> None:
         ),
     )
     codes = small(tiny_model)
-    engine = CpuEngine(codes, plan, threads=2, activation_mode="fp32")
-    agrees_but_for_the_edge(rows(engine), rows(ReferenceEngine(codes, plan)))
+    engine = CpuEngine(codes, plan, columns=True, threads=2, activation_mode="fp32")
+    agrees_but_for_the_edge(rows(engine), rows(open_engine(codes, engine="reference", plan=plan)))
     logits, _ = steps(engine, TEXT, 20)
     stepped = torch.from_numpy(logits).log_softmax(dim=1).numpy()
     np.testing.assert_allclose(rows(engine)[19:-1], stepped, atol=1e-4)
@@ -202,7 +203,7 @@ def test_other_decisions_act_beside_thresholds(tiny_model: LoadedModel) -> None:
 @pytest.mark.parametrize("bits", [3, 4])
 def test_other_layouts_leave_out_the_same_inputs(tiny_model: LoadedModel, bits: int) -> None:
     codes, plan = small(tiny_model, bits), limits(tiny_model, factors=True)
-    expected = rows(ReferenceEngine(codes, plan))
+    expected = rows(open_engine(codes, engine="reference", plan=plan))
     for options in ({"columns": False}, {"planes": True}):
         engine = CpuEngine(codes, plan, threads=2, activation_mode="fp32", **options)
         agrees_but_for_the_edge(rows(engine), expected)
@@ -210,7 +211,7 @@ def test_other_layouts_leave_out_the_same_inputs(tiny_model: LoadedModel, bits: 
 
 def test_weights_are_held_once(tiny_model: LoadedModel) -> None:
     codes = small(tiny_model)
-    laid_out = CpuEngine(codes, limits(tiny_model), threads=1).weight_bytes
+    laid_out = CpuEngine(codes, limits(tiny_model), columns=True, threads=1).weight_bytes
     assert (
         laid_out < 1.5 * CpuEngine(codes, threads=1).weight_bytes
     )  # granules of 32 outputs are padded in a model so small

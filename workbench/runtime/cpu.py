@@ -81,7 +81,8 @@ class CpuEngine(Guarded):
         isa: instruction set, ``auto`` for the best that the processor has.
         planes: keep group codes as bit-planes and not packed.
         columns: lay weights of units with input thresholds out input by input, where they are 4-bit group codes or
-            bf16, so that inputs left out are not read. It pays from some half of the inputs on, see ``column_units``.
+            bf16, so that inputs left out are not read: None where a thread's runs are long enough for it to pay, True
+            wherever it can be, False nowhere.
         job: progress and cancel of preparing the weights.
 
     Raises:
@@ -100,7 +101,7 @@ class CpuEngine(Guarded):
         cores: Sequence[int] = (),
         isa: str = "auto",
         planes: bool = False,
-        columns: bool = True,
+        columns: bool | None = None,
         job: Job | None = None,
     ) -> None:
         self.plan = plan or Plan()

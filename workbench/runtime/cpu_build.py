@@ -7,7 +7,8 @@ translated here into data, from the same configs that transformers reads.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from functools import partial
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -94,7 +95,7 @@ def build(
     cores: Sequence[int] = (),
     isa: str = "auto",
     planes: bool = False,
-    columns: bool = True,
+    columns: bool | None = None,
     job: Job | None = None,
 ) -> Any:
     """Build the decoder of a model.
@@ -108,7 +109,7 @@ def build(
         cores: processor of each thread, or none.
         isa: ``auto``, ``portable``, ``avx2``, ``avx512`` or ``avx512bf16``.
         planes: keep group codes as bit-planes and not packed.
-        columns: lay units with input thresholds out input by input.
+        columns: lay units with input thresholds out input by input; None for those where it pays.
         job: progress.
 
     Raises:
@@ -147,8 +148,9 @@ def build(
             engine.add_rope(frequencies, factor)
         for block, (rope, window) in enumerate(of_block):
             engine.set_attention(block, rope, window)
-        wanted = column_units(plan, arch) if columns and not planes else set()
-        offsets = _matrices(engine, source, arch, planes, wanted, job)
+        wanted = column_units(plan, arch) if columns is not False and not planes else set()
+        laid_out = partial(set_columns, threads=threads, always=columns is True)
+        offsets = _matrices(engine, source, arch, planes, wanted, laid_out, job)
         _vectors(engine, source, arch, offsets)
         _plan(engine, plan, arch)
         engine.finish()
@@ -219,11 +221,17 @@ def _llama3(frequencies: np.ndarray, parameters: Mapping[str, Any]) -> np.ndarra
 
 
 def _matrices(
-    engine: Any, source: Source, arch: Architecture, planes: bool, columns: Collection[str], job: Job
+    engine: Any,
+    source: Source,
+    arch: Architecture,
+    planes: bool,
+    columns: Collection[str],
+    laid_out: Callable[..., bool],
+    job: Job,
 ) -> dict[str, np.ndarray]:
     """Hand over all matrices; return what integer ones add to their products, by linear id.
 
-    Units in ``columns`` are laid out input by input where their weights are stored so that they can be.
+    Units in ``columns`` are laid out input by input where ``laid_out`` takes them so.
     """
     offsets = {}
     job.stage("prepare weights", len(arch.linears))
@@ -235,7 +243,7 @@ def _matrices(
                 offsets[linear.id] = matrix.tensors["offset"]
             parts += [(f"blocks.{linear.block}.{role}", part) for role, part in _split(linear.role, matrix, arch)]
             job.advance()
-        if unit.id not in columns or not set_columns(engine, parts):
+        if unit.id not in columns or not laid_out(engine, parts):
             for name, part in parts:
                 _set(engine, name, part, planes)
     if source.has_output():

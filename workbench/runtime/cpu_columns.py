@@ -11,6 +11,9 @@ from workbench.models.base import Architecture
 from workbench.runtime.cpu_source import Matrix
 from workbench.runtime.plan import Plan
 
+# Bytes of a channel that one thread reads side by side. With shorter runs it is faster to read all of them: a line that
+# is asked for by itself takes up to twice the time of one in a stream (docs/notes/sparsity.md).
+_SHORTEST_RUN = 512
 _BITS = 4  # of group codes that are laid out so: two channels' codes of other widths do not share bytes
 
 
@@ -29,15 +32,24 @@ def column_units(plan: Plan, architecture: Architecture) -> set[str]:
     }
 
 
-def set_columns(engine: Any, parts: Sequence[tuple[str, Matrix]]) -> bool:
+def set_columns(engine: Any, parts: Sequence[tuple[str, Matrix]], *, threads: int, always: bool) -> bool:
     """Hand over the linears of one unit, (name, matrix) each, input by input.
 
+    Args:
+        engine: the decoder that is being built.
+        parts: all linears of the unit.
+        threads: that share the outputs.
+        always: also where the runs of a channel are too short for it to pay.
+
     Returns:
-        Whether they could be: all are 4-bit group codes of one group size without minima, or all are bf16.
+        Whether they were: all are 4-bit group codes of one group size without minima, or all are bf16.
     """
     names = [name for name, _ in parts]
     matrices = [matrix for _, matrix in parts]
     inputs = int(matrices[0].meta["shape"][1])
+    bits = 16 if matrices[0].kind == "dense" else _BITS
+    if not always and sum(int(m.meta["shape"][0]) for m in matrices) * bits < 8 * _SHORTEST_RUN * threads:
+        return False
     tensors = [{name: np.ascontiguousarray(t) for name, t in m.tensors.items()} for m in matrices]
     if all(m.kind == "dense" for m in matrices):
         engine.set_bf16_columns(names, inputs, [t["weight"] for t in tensors])
