@@ -155,6 +155,71 @@ void check_tables(const Bytes2& packed, int in, int bits, const std::vector<Tabl
   if (!widest) throw std::invalid_argument("The width of the codes needs a table.");
 }
 
+// A linear of a matrix of columns: packed 4-bit codes, scales and packed zero points; or bf16 rows.
+using NibbleColumns = std::tuple<Bytes2, Halves2, std::optional<Bytes2>>;
+
+std::vector<wb::ColumnSource> column_sources(const std::vector<NibbleColumns>& linears, int in, int group) {
+  if (in < 1 || group < 1) throw std::invalid_argument("Columns need inputs and a group size.");
+  const std::size_t width = static_cast<std::size_t>(in), of_group = static_cast<std::size_t>(std::min(group, in)), groups = (width + of_group - 1) / of_group;
+  std::vector<wb::ColumnSource> sources;
+  for (const auto& [packed, scales, zeros] : linears) {
+    wb::ColumnSource source;
+    source.out = checked(packed.shape(0));
+    shape("codes", packed.shape(0), packed.shape(1), packed.shape(0), (width + 1) / 2);
+    shape("scales", scales.shape(0), scales.shape(1), packed.shape(0), groups);
+    source.packed = packed.data(), source.packed_row = packed.shape(1), source.scales = scales.data();
+    if (zeros) {
+      shape("zero points", zeros->shape(0), zeros->shape(1), packed.shape(0), (groups + 1) / 2);
+      source.packed_zeros = zeros->data(), source.packed_zeros_row = zeros->shape(1);
+    }
+    sources.push_back(source);
+  }
+  return sources;
+}
+
+std::vector<wb::ColumnSource> column_sources(const std::vector<Halves2>& linears, int in) {
+  std::vector<wb::ColumnSource> sources;
+  for (const Halves2& rows : linears) {
+    shape("rows", rows.shape(0), rows.shape(1), rows.shape(0), static_cast<std::size_t>(in));
+    wb::ColumnSource source;
+    source.out = checked(rows.shape(0)), source.rows = rows.data();
+    sources.push_back(source);
+  }
+  return sources;
+}
+
+// What a matrix of columns gives for rows x (n, in), its linears side by side: (n, sum of their outputs).
+nb::object column_product(const wb::Columns& w, const std::vector<wb::ColumnSource>& sources, const Floats2& x, bool exact, const std::string& isa) {
+  const auto& k = wb::kernels(wb::choose_isa(isa));
+  const auto n = x.shape(0), in = static_cast<std::size_t>(w.in), blocks = static_cast<std::size_t>(w.at.n_blocks), list = in + 3 * blocks + 1;
+  if (x.shape(1) != in) throw std::invalid_argument("x does not fit the codes' shape.");
+  std::size_t width = 0;
+  for (const auto& source : sources) width += static_cast<std::size_t>(source.out);
+  std::vector<float> y(n * width), listed_x(n * list), scale(n * blocks), sum(n * std::max<std::size_t>(blocks, static_cast<std::size_t>(w.at.n_groups)));
+  std::vector<std::int8_t> q(static_cast<std::size_t>(w.at.padded)), listed_q(n * list);
+  std::vector<std::uint32_t> channels(n * list);
+  std::vector<std::int32_t> starts(n * (blocks + 1));
+  std::vector<std::uint8_t> active(blocks);
+  std::vector<wb::ActiveInputs> rows;
+  std::vector<float*> to;
+  std::vector<float* const*> of_row;
+  to.reserve(n * sources.size());
+  const std::size_t sums = sum.size() / std::max<std::size_t>(n, 1);
+  for (std::size_t i = 0; i < n; ++i) {
+    const float* from = x.data() + i * in;
+    const bool codes = w.nibbles && !exact;
+    if (codes) k.quantize(w.at, from, q.data(), scale.data() + i * blocks, sum.data() + i * sums, active.data());
+    rows.push_back(wb::list_active(w.at, codes ? q.data() : nullptr, scale.data() + i * blocks, from, channels.data() + i * list,
+                                   starts.data() + i * (blocks + 1), listed_q.data() + i * list, listed_x.data() + i * list, sum.data() + i * sums));
+    of_row.push_back(to.data() + to.size());
+    float* at = y.data() + i * width;
+    for (const auto& source : sources) to.push_back(at), at += source.out;
+  }
+  const std::vector<const float*> bias(sources.size(), nullptr);
+  for (const auto& part : w.parts) k.columns(w, part, rows.data(), checked(n), bias.data(), of_row.data(), false);
+  return new_array({n, width}, y.data());
+}
+
 struct TapRecord {
   std::string site;
   int position, n, width;
@@ -467,6 +532,24 @@ NB_MODULE(_cpu, m) {
       },
       "input"_a, "packed"_a, "scales"_a, "x"_a, "positions"_a, "isa"_a);
 
+  // The same where weights lie input by input, as `threads` would share it.
+  m.def(
+      "column_product",
+      [](std::vector<NibbleColumns> linears, int in, int group, int threads, bool paired, Floats2 x, bool exact, const std::string& isa) {
+        wb::Arena arena;
+        const auto sources = column_sources(linears, in, group);
+        return column_product(wb::make_columns(arena, in, group, sources, threads, paired), sources, x, exact, isa);
+      },
+      "linears"_a, "inputs"_a, "group_size"_a, "threads"_a, "paired"_a, "x"_a, "exact"_a, "isa"_a);
+  m.def(
+      "bf16_column_product",
+      [](std::vector<Halves2> linears, int in, int threads, bool paired, Floats2 x, const std::string& isa) {
+        wb::Arena arena;
+        const auto sources = column_sources(linears, in);
+        return column_product(wb::make_columns(arena, in, in, sources, threads, paired), sources, x, true, isa);
+      },
+      "linears"_a, "inputs"_a, "threads"_a, "paired"_a, "x"_a, "isa"_a);
+
   nb::class_<Sequence>(m, "Sequence")
       .def("__init__", [](Sequence* self, Engine& engine) { new (self) Sequence(engine.decoder); }, "engine"_a, nb::keep_alive<1, 2>())
       .def_prop_ro("position", &Sequence::position)
@@ -557,6 +640,16 @@ NB_MODULE(_cpu, m) {
             e.decoder.set_integer(name, checked(packed.shape(0)), input, integer_source(input, packed, scales));
           },
           "name"_a, "input"_a, "packed"_a, "scales"_a)
+      .def("set_columns",
+           [](Engine& e, const std::vector<std::string>& names, int in, int group, std::vector<NibbleColumns> linears) {
+             e.decoder.set_columns(names, in, group, column_sources(linears, in, group));
+           },
+           "names"_a, "inputs"_a, "group_size"_a, "linears"_a)
+      .def("set_bf16_columns",
+           [](Engine& e, const std::vector<std::string>& names, int in, std::vector<Halves2> linears) {
+             e.decoder.set_columns(names, in, in, column_sources(linears, in));
+           },
+           "names"_a, "inputs"_a, "linears"_a)
       .def("set_f32", [](Engine& e, const std::string& name, Floats2 w, bool by_row) { e.decoder.set_f32(name, checked(w.shape(0)), checked(w.shape(1)), w.data(), by_row); }, "name"_a, "weight"_a, "by_row"_a = false)
       .def("set_bf16", [](Engine& e, const std::string& name, Halves2 w, bool by_row) { e.decoder.set_bf16(name, checked(w.shape(0)), checked(w.shape(1)), w.data(), by_row); }, "name"_a, "weight"_a, "by_row"_a = false)
       .def("set_vector", [](Engine& e, const std::string& name, Floats1 v) { e.decoder.set_vector(name, v.data(), v.shape(0)); })
@@ -615,8 +708,9 @@ NB_MODULE(_cpu, m) {
            nb::kw_only(), "tap"_a, "block"_a, "scope"_a, "every"_a, "initial"_a, "bytes"_a, "hidden"_a, "hidden_steps"_a, "hidden_bias"_a, "rows"_a,
            "row_steps"_a, "mean"_a, "groups"_a, "thresholds"_a, "floors"_a, "first"_a)
       .def("set_thresholds", [](Engine& e, int slot, std::vector<float> thresholds) { e.decoder.set_thresholds(slot, std::move(thresholds)); })
-      .def("add_consumer", [](Engine& e, int slot, const std::string& kind, const std::string& target, std::vector<int> widths, std::vector<int> levels, int offset) {
-        e.decoder.add_consumer(slot, kind, target, std::move(widths), std::move(levels), offset);
+      .def("add_consumer", [](Engine& e, int slot, const std::string& kind, const std::string& target, std::vector<int> widths, std::vector<int> levels, int offset,
+                              std::vector<float> factors) {
+        e.decoder.add_consumer(slot, kind, target, std::move(widths), std::move(levels), offset, std::move(factors));
       })
       .def("finish", [](Engine& e) { e.decoder.finish(); })
       .def("prefill", &Engine::prefill)

@@ -100,6 +100,24 @@ void Decoder::set_integer(const std::string& name, int out, const IntegerInput& 
   layer.present = true;
 }
 
+void Decoder::set_columns(const std::vector<std::string>& names, int in, int group, const std::vector<ColumnSource>& sources) {
+  if (names.empty() || names.size() != sources.size()) throw std::invalid_argument("Columns need a source for every linear.");
+  const bool paired = names.size() == 2 && names[0].ends_with(".gate") && sources[0].out == sources[1].out;
+  const auto columns = std::make_shared<const Columns>(make_columns(arena_, in, group, sources, spec_.threads, paired));
+  for (std::size_t i = 0; i < names.size(); ++i) {
+    LinearLayer& layer = linear(names[i]);
+    layer.w.kind = Kind::columns;
+    layer.w.out = sources[i].out;
+    layer.w.in = in;
+    layer.w.tiles = (sources[i].out + kRows - 1) / kRows;
+    layer.w.bits = columns->nibbles ? 4 : 16;
+    layer.w.grouping = columns->at;
+    layer.columns = columns;
+    layer.place = i;
+    layer.present = true;
+  }
+}
+
 void Decoder::set_f32(const std::string& name, int out, int in, const float* rows, bool by_row) {
   LinearLayer& layer = linear(name);
   layer.w = make_f32(arena_, out, in, rows, by_row);
@@ -159,7 +177,8 @@ void Decoder::set_thresholds(int slot, std::vector<float> thresholds) {
   deciders_.at(static_cast<std::size_t>(slot)).program->set_thresholds(std::move(thresholds));
 }
 
-void Decoder::add_consumer(int slot, const std::string& kind, const std::string& target, std::vector<int> widths, std::vector<int> levels, int offset) {
+void Decoder::add_consumer(int slot, const std::string& kind, const std::string& target, std::vector<int> widths, std::vector<int> levels, int offset,
+                           std::vector<float> factors) {
   if (finished_) throw std::logic_error("This decoder is complete: nothing can be added.");
   std::sort(widths.begin(), widths.end());  // a width named twice must not be added twice
   widths.erase(std::unique(widths.begin(), widths.end()), widths.end());
@@ -190,8 +209,14 @@ void Decoder::add_consumer(int slot, const std::string& kind, const std::string&
     const char* const units[] = {"qkv", "o", "gate_up", "down"};
     const auto at = std::find(std::begin(units), std::end(units), unit);
     if (at == std::end(units)) throw std::invalid_argument("A " + kind + " consumer targets a unit, got '" + target + "'.");
-    if (kind == "input_threshold") claim(b.threshold_slot[static_cast<std::size_t>(at - std::begin(units))], 1);
-    else
+    if (kind == "input_threshold") {
+      const auto place = static_cast<std::size_t>(at - std::begin(units));
+      const int inputs[] = {spec_.hidden, spec_.heads * spec_.head_dim, spec_.hidden, spec_.neurons};
+      claim(b.threshold_slot[place], 1);
+      if (!factors.empty() && factors.size() != static_cast<std::size_t>(inputs[place]))
+        throw std::invalid_argument(target + " has " + std::to_string(inputs[place]) + " inputs, " + std::to_string(factors.size()) + " factors were given.");
+      b.factors[place] = std::move(factors);
+    } else
       for (const auto& [role, of] : kUnitOf) {
         if (unit != of) continue;
         LinearLayer& layer = linear("blocks." + std::to_string(index) + "." + role);
@@ -237,6 +262,10 @@ int Decoder::format_of(const LinearLayer& layer) {
       format.integer = layer.w.input.get();
       break;
     case Kind::bf16: format.mode = spec_.exact ? Mode::plain : Mode::bf16; break;
+    case Kind::columns:
+      format.mode = spec_.exact || layer.w.bits == 16 ? Mode::columns_f32 : Mode::columns_int8;
+      format.at = layer.w.grouping;
+      break;
     case Kind::tables:
       format.mode = Mode::f32;
       format.at = layer.w.grouping;
@@ -281,6 +310,8 @@ void Decoder::finish() {
       throw std::invalid_argument("A matrix of tables needs one for the width of its codes.");
     layer.format = format_of(layer);
     for (int bits = 0; bits <= 8; ++bits) layer.bytes[static_cast<std::size_t>(bits)] = static_cast<double>(layer.w.read_bytes(bits));
+    if (layer.columns != nullptr && layer.place == 0)
+      layer.bytes[0] = layer.columns->group_bytes() * layer.columns->at.n_groups + layer.columns->channel_bytes() * layer.columns->in;
   };
   need(*embedding_, "embedding", s.vocab, s.hidden);
   if (embedding_->w.by_row || output_->w.by_row) throw std::invalid_argument("The embedding and the output layer do not lie by row.");

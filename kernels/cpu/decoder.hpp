@@ -101,6 +101,8 @@ class Decoder {
   void add_table(const std::string& name, int bits, const std::uint16_t* table);
   const Matrix& matrix(const std::string& name);
   void set_integer(const std::string& name, int out, const IntegerInput& input, const IntegerSource& source);
+  // Linears of one unit input by input, so that inputs left out are not read: `names` as many as `sources`.
+  void set_columns(const std::vector<std::string>& names, int in, int group, const std::vector<ColumnSource>& sources);
   // `by_row`: laid out for products of some rows; of gate and up alone, which a mask of neurons reads.
   void set_f32(const std::string& name, int out, int in, const float* rows, bool by_row = false);
   void set_bf16(const std::string& name, int out, int in, const std::uint16_t* rows, bool by_row = false);
@@ -112,8 +114,9 @@ class Decoder {
   void add_decider(Decider decider);
   // Of a decider's program, at any time between two passes.
   void set_thresholds(int slot, std::vector<float> thresholds);
-  // `offset`: the entry of a mask that heads and neurons begin at.
-  void add_consumer(int slot, const std::string& kind, const std::string& target, std::vector<int> widths, std::vector<int> levels = {}, int offset = 0);
+  // `offset`: the entry of a mask that heads and neurons begin at. `factors`: of inputs, before they are compared with a threshold.
+  void add_consumer(int slot, const std::string& kind, const std::string& target, std::vector<int> widths, std::vector<int> levels = {}, int offset = 0,
+                    std::vector<float> factors = {});
   void finish();
 
   // Running. One call at a time; sequences must be of this decoder.

@@ -16,7 +16,7 @@ using Clock = std::chrono::steady_clock;
 
 inline constexpr int kLogitRows = 16;  // rows of logits held at once
 
-enum class Mode : std::uint8_t { int8, f32, bf16, plain, integer };  // plain: fp32 as it is, no copy
+enum class Mode : std::uint8_t { int8, f32, bf16, plain, integer, columns_int8, columns_f32 };  // plain: fp32 as it is, no copy
 
 inline constexpr const char* kUnitOf[][2] = {{"q", "qkv"}, {"k", "qkv"}, {"v", "qkv"}, {"o", "o"}, {"gate", "gate_up"}, {"up", "gate_up"}, {"down", "down"}};
 
@@ -34,7 +34,7 @@ struct Decoder::Format {
   int in;
   const std::vector<Transform>* transforms;  // null where there are none
   const IntegerInput* integer;               // likewise
-  std::size_t bytes = 0, q = 0, x = 0, b = 0, scale = 0, sum = 0, active = 0, offset = 0;  // places within a row's buffer
+  std::size_t bytes = 0, q = 0, x = 0, b = 0, scale = 0, sum = 0, active = 0, offset = 0, channels = 0, starts = 0, listed = 0;  // places within a row's buffer
 
   void place() {
     const auto take = [&](std::size_t n) {
@@ -51,6 +51,18 @@ struct Decoder::Format {
       scale = take(static_cast<std::size_t>(integer->parts()) * 4);
       offset = take(static_cast<std::size_t>(integer->parts()) * 4);
     }
+    if (mode == Mode::columns_int8 || mode == Mode::columns_f32) {
+      const auto blocks = static_cast<std::size_t>(at.n_blocks), list = static_cast<std::size_t>(in) + 3 * blocks + 1;
+      if (mode == Mode::columns_int8) {
+        q = take(static_cast<std::size_t>(at.padded));
+        scale = take(blocks * 4);
+        active = take(blocks);
+      }
+      sum = take(std::max(blocks, static_cast<std::size_t>(at.n_groups)) * 4);
+      channels = take(list * 4);
+      starts = take((blocks + 1) * 4);
+      listed = take(list * (mode == Mode::columns_int8 ? 1 : 4));
+    }
     if (mode == Mode::int8) scale = take(static_cast<std::size_t>(at.n_blocks) * 4);
     if (mode == Mode::int8 || mode == Mode::f32) {
       sum = take(static_cast<std::size_t>(at.n_groups) * 4);
@@ -61,6 +73,8 @@ struct Decoder::Format {
 
 struct Decoder::LinearLayer {
   Matrix w;
+  std::shared_ptr<const Columns> columns;  // of this linear and those of its unit that follow
+  std::size_t place = 0;                   // among them
   bool present = false;
   int format = -1;
   int width_slot = -1;           // place in a row of slot values
@@ -97,6 +111,7 @@ struct Decoder::Block {
   int path_slot = -1;
   MaskPart heads, neurons;
   std::array<int, 4> threshold_slot{-1, -1, -1, -1};  // qkv, o, gate_up, down
+  std::array<std::vector<float>, 4> factors;          // of their inputs; empty: 1
   std::array<std::vector<int>, kTaps> deciders;       // by tap
   bool decides(TapKind tap) const { return !deciders[static_cast<std::size_t>(tap)].empty(); }
 };
@@ -117,7 +132,13 @@ struct Decoder::Pass {
 
   void normalize(const Norm& norm, const float* from, float* to) const;
   void convert(const Format& format, const float* from, int position, float* scratch, std::uint8_t* buffer, Activation& to, IntegerCounts& counts) const;
-  const float* filtered(const float* from, int n, int slot, int row, float* scratch) const;
+  const float* filtered(const float* from, int n, int slot, const std::vector<float>& factors, int row, float* scratch) const;
+  void convert_columns(const Format& format, const float* from, std::uint8_t* buffer, ActiveInputs& to) const;
+  const ActiveInputs& active(std::size_t format, int row, int t) const {
+    return single ? local_active[format][static_cast<std::size_t>(t)] : shared_active[format][static_cast<std::size_t>(row)];
+  }
+  // y[linear][row] (+)= W x[row] of a unit that lies in columns, for all rows or a subset.
+  void columns(std::initializer_list<const LinearLayer*> layers, const std::vector<int>* subset, std::initializer_list<float* const*> y, bool add, int t);
   void product(const LinearLayer& layer, const std::vector<int>* subset, float* const* y, bool add, int t,
                const std::uint8_t* mask = nullptr, int per_mask = 1);
   void decide(const Block& b, TapKind tap, int t, Array<float>& source, int width);
@@ -168,6 +189,10 @@ struct Decoder::Pass {
   std::vector<float*> to_x, to_q, to_k, to_v, to_attended, to_other, to_gate, to_up, to_logit;
   std::vector<Array<std::uint8_t>> shared, local;              // by format
   std::vector<std::vector<Activation>> shared_rows, local_rows;
+  std::vector<std::vector<ActiveInputs>> shared_active, local_active;
+  std::vector<std::vector<ActiveInputs>> column_rows;          // by thread
+  std::vector<std::vector<float*>> column_to;                  // likewise: of every row, where each linear's outputs go
+  std::vector<std::vector<float* const*>> column_of_row;
   std::vector<std::vector<Activation>> subset_rows;            // by thread
   std::vector<std::vector<float*>> subset_to;
   std::vector<std::vector<int>> subset_index;

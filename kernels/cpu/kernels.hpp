@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "columns.hpp"
 #include "isa.hpp"
 #include "matrix.hpp"
 
@@ -47,6 +48,8 @@ struct Kernels {
   Rows rows_dense_f32;
   Rows rows_dense_bf16;
   Product integer;      // integer codes and activations, sums exact
+  // y[i][linear] = W x[i], or += where `add`, for the outputs of one part and rows i < n; bias[linear] or null.
+  void (*columns)(const Columns& w, const ColumnPart& part, const ActiveInputs* x, int n, const float* const* bias, float* const* const* y, bool add);
   // Round a row at a position: codes (laid_out), scale and offset (parts), and what was clamped or beyond calibration.
   // NaN and infinity give a NaN scale.
   void (*quantize_integer)(const IntegerInput& in, const float* x, int position, std::int8_t* q, float* scale, std::int32_t* offset,

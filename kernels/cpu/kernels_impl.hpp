@@ -2,6 +2,7 @@
 #pragma once
 
 #include "attention_impl.hpp"
+#include "columns_impl.hpp"
 #include "integer_impl.hpp"
 #include "products_impl.hpp"
 #include "rows_impl.hpp"
@@ -24,6 +25,7 @@ constexpr Kernels make_kernels(Isa isa) {
   k.rows_dense_f32 = rows_dense_f32<V>;
   k.rows_dense_bf16 = rows_dense_bf16<V>;
   k.integer = integer<V>;
+  k.columns = columns<V>;
   k.quantize_integer = quantize_integer<V>;
   k.rms_norm = rms_norm<V>;
   k.layer_norm = layer_norm<V>;

@@ -145,6 +145,7 @@ std::size_t Matrix::read_bytes(int at_bits) const {
     case Kind::integer:
     case Kind::packed: bytes = tile_bytes * static_cast<std::size_t>(tiles); break;
     case Kind::planes: bytes = plane_bytes * static_cast<std::size_t>(at_bits > 0 ? at_bits : bits); break;
+    case Kind::columns: return 0;  // counted by what they lie in
     case Kind::tables: {
       const auto planes = static_cast<std::size_t>(at_bits > 0 ? at_bits : bits);
       bytes = plane_bytes * planes + (static_cast<std::size_t>(tiles) * kRows * 2 << planes);

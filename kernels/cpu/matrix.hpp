@@ -36,7 +36,7 @@ inline constexpr int kBlock = 64;     // most channels that may share one activa
 inline constexpr int kMaxPlanes = 8;
 inline constexpr int kWord = 32;      // channels of one row that are looked up together
 
-enum class Kind : std::uint8_t { f32, bf16, packed, planes, tables, integer };
+enum class Kind : std::uint8_t { f32, bf16, packed, planes, tables, integer, columns };
 
 // How activations lie in memory for a matrix of group codes: groups padded to whole chunks.
 struct Grouping {

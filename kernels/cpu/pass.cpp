@@ -36,11 +36,16 @@ Decoder::Pass::Pass(Decoder& decoder)
     shared.emplace_back(f.bytes * kMaxRows);
     local.emplace_back(f.bytes * static_cast<std::size_t>(nt));
     shared_rows.emplace_back(kMaxRows);
+    shared_active.emplace_back(kMaxRows);
+    local_active.emplace_back(static_cast<std::size_t>(nt));
     local_rows.emplace_back(static_cast<std::size_t>(nt));
   }
   const int widest = std::max({hidden, queries, neurons});
   for (int t = 0; t < nt; ++t) {
     subset_rows.emplace_back(kMaxRows);
+    column_rows.emplace_back().reserve(kMaxRows);
+    column_to.emplace_back().reserve(3 * kMaxRows);
+    column_of_row.emplace_back().reserve(kMaxRows);
     subset_to.emplace_back(kMaxRows);
     subset_index.emplace_back();
     subset_index.back().reserve(kMaxRows);
@@ -72,11 +77,29 @@ void Decoder::Pass::normalize(const Norm& norm, const float* from, float* to) co
 }
 
 // Inputs of a row that are no larger than its threshold are left out.
-const float* Decoder::Pass::filtered(const float* from, int n, int place, int row, float* to) const {
+const float* Decoder::Pass::filtered(const float* from, int n, int place, const std::vector<float>& factors, int row, float* to) const {
   if (place < 0) return from;
   const float limit = slot(place, row);
-  for (int i = 0; i < n; ++i) to[i] = std::fabs(from[i]) > limit ? from[i] : 0.0f;
+  // What is not a number is kept: it must not vanish.
+  if (factors.empty())
+    for (int i = 0; i < n; ++i) to[i] = std::fabs(from[i]) <= limit ? 0.0f : from[i];
+  else
+    for (int i = 0; i < n; ++i) to[i] = std::fabs(from[i]) * factors[static_cast<std::size_t>(i)] <= limit ? 0.0f : from[i];
   return to;
+}
+
+void Decoder::Pass::convert_columns(const Format& f, const float* from, std::uint8_t* buffer, ActiveInputs& to) const {
+  auto* channels = reinterpret_cast<std::uint32_t*>(buffer + f.channels);
+  auto* starts = reinterpret_cast<std::int32_t*>(buffer + f.starts);
+  auto* sum = reinterpret_cast<float*>(buffer + f.sum);
+  if (f.mode == Mode::columns_f32) {
+    to = list_active(f.at, nullptr, nullptr, from, channels, starts, nullptr, reinterpret_cast<float*>(buffer + f.listed), sum);
+    return;
+  }
+  auto* codes = reinterpret_cast<std::int8_t*>(buffer + f.q);
+  auto* scale = reinterpret_cast<float*>(buffer + f.scale);
+  k.quantize(f.at, from, codes, scale, sum, buffer + f.active);
+  to = list_active(f.at, codes, scale, nullptr, channels, starts, reinterpret_cast<std::int8_t*>(buffer + f.listed), nullptr, sum);
 }
 
 void Decoder::Pass::convert(const Format& f, const float* from, int position, float* space, std::uint8_t* buffer, Activation& to,
@@ -132,6 +155,8 @@ void Decoder::Pass::convert(const Format& f, const float* from, int position, fl
       to.offset = offset;
       return;
     }
+    case Mode::columns_int8:
+    case Mode::columns_f32: return;  // convert_columns
     case Mode::int8:
     case Mode::f32: {
       auto* sum = reinterpret_cast<float*>(buffer + f.sum);
@@ -156,6 +181,11 @@ void Decoder::Pass::convert(const Format& f, const float* from, int position, fl
 double Decoder::Pass::read_share(const LinearLayer& layer, int row) const {
   const Format& f = d.formats_[static_cast<std::size_t>(layer.format)];
   if (layer.w.by_row) return 1.0;
+  if (layer.columns != nullptr) {
+    if (layer.place > 0) return 0;
+    const ActiveInputs& list = active(static_cast<std::size_t>(layer.format), row, 0);
+    return (layer.columns->group_bytes() * list.groups + layer.columns->channel_bytes() * list.count) / layer.bytes[0];
+  }
   if (f.mode != Mode::int8 && f.mode != Mode::f32) return 1.0;
   const Activation& a = single ? local_rows[static_cast<std::size_t>(layer.format)][0] : shared_rows[static_cast<std::size_t>(layer.format)][static_cast<std::size_t>(row)];
   int active = 0;
@@ -173,7 +203,7 @@ void Decoder::Pass::count(const LinearLayer& layer, int t, MaskPart outputs, int
     double tiles = 1;  // what is read of the rows is whole tiles
     if (w.by_row) {
       tiles = w.kind != Kind::packed && kept > kMostGathered ? 1 : kept;
-    } else if (outputs && kept < 1) {
+    } else if (outputs && kept < 1 && layer.columns == nullptr) {
       const std::uint8_t* entries = mask(outputs, r);
       int n = 0;
       for (int tile = 0; tile < w.tiles; ++tile) {
@@ -272,6 +302,8 @@ void Decoder::Pass::product(const LinearLayer& layer, const std::vector<int>* su
     case Mode::bf16: kernel = k.dense_bf16; break;
     case Mode::plain: kernel = k.dense_f32; break;
     case Mode::integer: kernel = k.integer; break;
+    case Mode::columns_int8:
+    case Mode::columns_f32: throw std::logic_error("Columns are multiplied as a unit.");
   }
   const auto [first, last] = share(w.tiles, t, nt);
   const auto tiles = [&](int bits, const Activation* a, int n, float* const* to) {
@@ -325,6 +357,25 @@ void Decoder::Pass::product(const LinearLayer& layer, const std::vector<int>* su
       const auto bits = static_cast<int>(layer.bits(slot(layer.width_slot, r)));
       if (std::find(layer.widths.begin(), layer.widths.end(), bits) == layer.widths.end()) bad_width.store(bits == 0 ? -1 : bits);
     }
+}
+
+void Decoder::Pass::columns(std::initializer_list<const LinearLayer*> layers, const std::vector<int>* subset, std::initializer_list<float* const*> y, bool add,
+                            int t) {
+  const Columns& w = *(*layers.begin())->columns;
+  const auto f = static_cast<std::size_t>((*layers.begin())->format), here = static_cast<std::size_t>(t), linears = layers.size();
+  auto& inputs = column_rows[here];
+  auto& to = column_to[here];
+  auto& of_row = column_of_row[here];
+  const std::vector<int>& members = subset != nullptr ? *subset : all_rows;
+  inputs.clear(), to.clear(), of_row.clear();
+  for (const int r : members) {
+    inputs.push_back(active(f, r, t));
+    for (float* const* rows_of : y) to.push_back(rows_of[r]);
+  }
+  for (std::size_t i = 0; i < members.size(); ++i) of_row.push_back(to.data() + i * linears);
+  const float* bias[3] = {};
+  for (const LinearLayer* layer : layers) bias[layer->place] = layer->w.bias;
+  k.columns(w, w.parts[here], inputs.data(), static_cast<int>(members.size()), bias, of_row.data(), add);
 }
 
 void Decoder::Pass::site(const std::string& name, const Array<float>& from, int stride, int width) {
@@ -527,7 +578,8 @@ void Decoder::Pass::block(int index, int t) {
 
   // Prepare the inputs of a unit from `from` rows, each thread its share, or the one row for itself.
   const auto prepare_from = [&](std::initializer_list<const LinearLayer*> layers, Array<float>& from, int stride, const Norm* norm,
-                                Array<float>* keep, int width, int threshold_slot) {
+                                Array<float>* keep, int width, std::size_t unit) {
+    const int threshold_slot = b.threshold_slot[unit];
     const auto [first, last] = single ? std::pair<int, int>{0, 1} : share(n, t, nt);
     for (int r = first; r < last; ++r) {
       const float* row = from.data() + static_cast<std::size_t>(r) * stride;
@@ -536,7 +588,7 @@ void Decoder::Pass::block(int index, int t) {
         normalize(*norm, row, to);
         row = to;
       }
-      row = filtered(row, width, threshold_slot, r, space + widest);
+      row = filtered(row, width, threshold_slot, b.factors[unit], r, space + widest);
       if (!single || t == 0) {
         kept_inputs[static_cast<std::size_t>(r)] = -1;
         if (threshold_slot >= 0)
@@ -551,6 +603,10 @@ void Decoder::Pass::block(int index, int t) {
         const std::size_t place = single ? static_cast<std::size_t>(t) : static_cast<std::size_t>(r);
         auto& buffers = single ? local[f] : shared[f];
         auto& into = single ? local_rows[f] : shared_rows[f];
+        if (layer->columns != nullptr) {
+          convert_columns(format, row, buffers.data() + place * format.bytes, (single ? local_active : shared_active)[f][place]);
+          continue;
+        }
         std::vector<float> room(format.transforms != nullptr ? static_cast<std::size_t>(2 * width) : 0);
         IntegerCounts counts;
         convert(format, row, rows[static_cast<std::size_t>(r)].position, room.data(), buffers.data() + place * format.bytes, into[place], counts);
@@ -573,9 +629,9 @@ void Decoder::Pass::block(int index, int t) {
   if (deciding) {  // the normed rows are read before the inputs are prepared from them
     normalize_rows(b.input);
     decide(b, TapKind::block_input, t, normed, s.hidden);
-    prepare_from({&b.q, &b.k, &b.v}, normed, hidden, nullptr, nullptr, s.hidden, b.threshold_slot[0]);
+    prepare_from({&b.q, &b.k, &b.v}, normed, hidden, nullptr, nullptr, s.hidden, 0);
   } else {
-    prepare_from({&b.q, &b.k, &b.v}, x, hidden, &b.input, &normed, s.hidden, b.threshold_slot[0]);
+    prepare_from({&b.q, &b.k, &b.v}, x, hidden, &b.input, &normed, s.hidden, 0);
   }
   if (t == 0 && tapped)
     for (const char* role : {".q", ".k", ".v"}) site(name + role, normed, hidden, s.hidden);
@@ -589,14 +645,18 @@ void Decoder::Pass::block(int index, int t) {
   const bool always_attend = b.decides(TapKind::attention_output) || tapped;  // somebody reads what attention gives
   const bool attends = n > 1 || always_attend || !skipped(0, 1.0f);
   const std::uint8_t* head_mask = b.heads && !always_attend ? any_row(b.heads, t) : nullptr;
-  if (attends) product(b.q, nullptr, to_q.data(), false, t, s.head_dim % kRows == 0 ? head_mask : nullptr, s.head_dim);
-  product(b.k, nullptr, to_k.data(), false, t);
-  product(b.v, nullptr, to_v.data(), false, t);
+  if (b.q.columns != nullptr) {
+    columns({&b.q, &b.k, &b.v}, nullptr, {to_q.data(), to_k.data(), to_v.data()}, false, t);
+  } else {
+    if (attends) product(b.q, nullptr, to_q.data(), false, t, s.head_dim % kRows == 0 ? head_mask : nullptr, s.head_dim);
+    product(b.k, nullptr, to_k.data(), false, t);
+    product(b.v, nullptr, to_v.data(), false, t);
+  }
   if (t == 0 && d.has_consumers_) {
     chosen.clear();
     for (int r = 0; r < n; ++r)
       if (!skipped(r, 1.0f)) chosen.push_back(r);
-    count(b.q, t, b.heads, s.head_dim, {}, &chosen);
+    count(b.q, t, b.heads, s.head_dim, {}, b.q.columns != nullptr ? nullptr : &chosen);  // columns hold q, k and v
     count(b.k, t);
     count(b.v, t);
   }
@@ -708,7 +768,8 @@ void Decoder::Pass::block(int index, int t) {
       subset = &chosen;
     }
     const bool post = norm.weight != nullptr;
-    product(layer, subset, post ? to_other.data() : to_x.data(), !post, t);
+    if (layer.columns != nullptr) columns({&layer}, subset, {post ? to_other.data() : to_x.data()}, !post, t);
+    else product(layer, subset, post ? to_other.data() : to_x.data(), !post, t);
     count(layer, t, {}, 1, inputs, subset);
     wait(kLinears, t);
     if (post) {
@@ -718,7 +779,7 @@ void Decoder::Pass::block(int index, int t) {
   };
   const bool runs_o = n > 1 || !skipped(0, 1.0f);
   if (runs_o) {
-    prepare_from({&b.o}, attended, queries, nullptr, nullptr, s.heads * s.head_dim, b.threshold_slot[1]);
+    prepare_from({&b.o}, attended, queries, nullptr, nullptr, s.heads * s.head_dim, 1);
     contribute(b.o, b.post_attention, 1.0f, b.heads);
   }
 
@@ -729,9 +790,9 @@ void Decoder::Pass::block(int index, int t) {
     if (b.decides(TapKind::mlp_input)) {
       normalize_rows(b.pre_mlp);
       decide(b, TapKind::mlp_input, t, normed, s.hidden);
-      prepare_from({&b.gate, &b.up}, normed, hidden, nullptr, nullptr, s.hidden, b.threshold_slot[2]);
+      prepare_from({&b.gate, &b.up}, normed, hidden, nullptr, nullptr, s.hidden, 2);
     } else {
-      prepare_from({&b.gate, &b.up}, x, hidden, &b.pre_mlp, &normed, s.hidden, b.threshold_slot[2]);
+      prepare_from({&b.gate, &b.up}, x, hidden, &b.pre_mlp, &normed, s.hidden, 2);
     }
     if (t == 0 && tapped) {
       if (s.gated) site(name + ".gate", normed, hidden, s.hidden);
@@ -742,6 +803,9 @@ void Decoder::Pass::block(int index, int t) {
       own = list_neurons(b, t);
       if (s.gated) listed_product(b.gate, to_gate.data(), t);
       listed_product(b.up, to_up.data(), t);
+    } else if (b.up.columns != nullptr) {
+      if (s.gated) columns({&b.gate, &b.up}, nullptr, {to_gate.data(), to_up.data()}, false, t);
+      else columns({&b.up}, nullptr, {to_up.data()}, false, t);
     } else {
       const std::uint8_t* neuron_mask = b.neurons ? any_row(b.neurons, t) : nullptr;
       if (s.gated) product(b.gate, nullptr, to_gate.data(), false, t, neuron_mask);
@@ -755,8 +819,13 @@ void Decoder::Pass::block(int index, int t) {
       count(b.up, t, b.neurons, 1, {}, &chosen);
     }
     // Every thread finishes the neurons that it has just computed.
-    const auto [first, last] = own;
-    const int begin = first * kRows, width = std::min(last * kRows, s.neurons) - begin;
+    int begin = own.first * kRows, width = std::min(own.second * kRows, s.neurons) - begin;
+    if (b.up.columns != nullptr) {  // granules, of gate and up in turn
+      const ColumnPart& part = b.up.columns->parts[static_cast<std::size_t>(t)];
+      const int in_turn = s.gated ? 2 : 1;
+      begin = part.first / in_turn * kGranule;
+      width = std::min((part.first + part.granules) / in_turn * kGranule, s.neurons) - begin;
+    }
     for (int r = 0; r < n && width > 0; ++r) {
       float* up_row = to_up[static_cast<std::size_t>(r)] + begin;
       float* to = up_row;
@@ -776,7 +845,7 @@ void Decoder::Pass::block(int index, int t) {
     decide(b, TapKind::mlp_inner, t, inner, s.neurons);
     if (t == 0 && tapped) site(name + ".down", inner, neurons, s.neurons);
     if (n > 1 || !skipped(0, 2.0f)) {
-      prepare_from({&b.down}, inner, neurons, nullptr, nullptr, s.neurons, b.threshold_slot[3]);
+      prepare_from({&b.down}, inner, neurons, nullptr, nullptr, s.neurons, 3);
       contribute(b.down, b.post_mlp, 2.0f, b.neurons);
     }
   }

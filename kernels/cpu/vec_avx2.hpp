@@ -206,6 +206,20 @@ struct Avx2 {
   }
   static void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
   static void prefetch_far(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
+  static B bytes_part(const std::uint8_t* p, int lanes) {
+    if (lanes == 4) return bytes(p);
+    const auto* v = reinterpret_cast<const __m128i*>(p);
+    const __m256i first = lanes > 1 ? _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)) : _mm256_zextsi128_si256(_mm_loadu_si128(v));
+    return {first, lanes > 2 ? _mm256_zextsi128_si256(_mm_loadu_si128(v + 2)) : _mm256_setzero_si256()};
+  }
+  static void interleave(B a, B b, B c, B d, B* to) {
+    const B ab{_mm256_unpacklo_epi8(a.a, b.a), _mm256_unpacklo_epi8(a.b, b.b)}, AB{_mm256_unpackhi_epi8(a.a, b.a), _mm256_unpackhi_epi8(a.b, b.b)};
+    const B cd{_mm256_unpacklo_epi8(c.a, d.a), _mm256_unpacklo_epi8(c.b, d.b)}, CD{_mm256_unpackhi_epi8(c.a, d.a), _mm256_unpackhi_epi8(c.b, d.b)};
+    to[0] = {_mm256_unpacklo_epi16(ab.a, cd.a), _mm256_unpacklo_epi16(ab.b, cd.b)};
+    to[1] = {_mm256_unpackhi_epi16(ab.a, cd.a), _mm256_unpackhi_epi16(ab.b, cd.b)};
+    to[2] = {_mm256_unpacklo_epi16(AB.a, CD.a), _mm256_unpacklo_epi16(AB.b, CD.b)};
+    to[3] = {_mm256_unpackhi_epi16(AB.a, CD.a), _mm256_unpackhi_epi16(AB.b, CD.b)};
+  }
 
   // The 2^Bits weights of one row, fp16 at p.
   template <int Bits>

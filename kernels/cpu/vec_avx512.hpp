@@ -126,6 +126,16 @@ struct Avx512 {
   }
   static void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
   static void prefetch_far(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
+  static B bytes_part(const std::uint8_t* p, int lanes) {
+    return _mm512_maskz_loadu_epi8(~std::uint64_t{0} >> (64 - 16 * lanes), p);
+  }
+  static void interleave(B a, B b, B c, B d, B* to) {
+    const B ab = _mm512_unpacklo_epi8(a, b), AB = _mm512_unpackhi_epi8(a, b), cd = _mm512_unpacklo_epi8(c, d), CD = _mm512_unpackhi_epi8(c, d);
+    to[0] = _mm512_unpacklo_epi16(ab, cd);
+    to[1] = _mm512_unpackhi_epi16(ab, cd);
+    to[2] = _mm512_unpacklo_epi16(AB, CD);
+    to[3] = _mm512_unpackhi_epi16(AB, CD);
+  }
 
   // The 2^Bits weights of one row, fp16 at p: 32 to a register.
   template <int Bits>

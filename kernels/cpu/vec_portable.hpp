@@ -150,6 +150,20 @@ struct Portable {
   }
   static void prefetch(const void*) {}
   static void prefetch_far(const void*) {}
+  // The first 16 * lanes bytes, then zeros.
+  static B bytes_part(const std::uint8_t* p, int lanes) {
+    B r{};
+    std::memcpy(r.v, p, 16 * static_cast<std::size_t>(lanes));
+    return r;
+  }
+  // Bytes of four side by side, within each 16 bytes: byte 16 l + 4 k + c of `to[m]` is byte 16 l + 4 m + k of the c-th.
+  static void interleave(const B& a, const B& b, const B& c, const B& d, B* to) {
+    for (int m = 0; m < 4; ++m)
+      for (int i = 0; i < 16; ++i) {
+        const int from = 16 * (i / 4) + 4 * m + i % 4;
+        to[m].v[4 * i] = a.v[from], to[m].v[4 * i + 1] = b.v[from], to[m].v[4 * i + 2] = c.v[from], to[m].v[4 * i + 3] = d.v[from];
+      }
+  }
 
   // The 2^Bits weights of one row, fp16 at p.
   template <int Bits>

@@ -80,6 +80,9 @@ class CpuEngine(Guarded):
         cores: processor of each thread, or none.
         isa: instruction set, ``auto`` for the best that the processor has.
         planes: keep group codes as bit-planes and not packed.
+        columns: lay weights of units with input thresholds out input by input, where they are 4-bit group codes or
+            bf16, so that inputs left out are not read: None where a thread's runs are long enough for it to pay, True
+            wherever it can be, False nowhere.
         job: progress and cancel of preparing the weights.
 
     Raises:
@@ -98,6 +101,7 @@ class CpuEngine(Guarded):
         cores: Sequence[int] = (),
         isa: str = "auto",
         planes: bool = False,
+        columns: bool | None = None,
         job: Job | None = None,
     ) -> None:
         self.plan = plan or Plan()
@@ -115,6 +119,7 @@ class CpuEngine(Guarded):
                 cores=cores,
                 isa=isa,
                 planes=planes,
+                columns=columns,
                 job=job,
             )
         finally:

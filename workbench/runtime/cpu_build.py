@@ -7,7 +7,8 @@ translated here into data, from the same configs that transformers reads.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from functools import partial
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ import numpy as np
 from workbench.errors import EngineError
 from workbench.models.base import Architecture
 from workbench.progress import Job
+from workbench.runtime.cpu_columns import column_units, set_columns
 from workbench.runtime.cpu_integer import input_of
 from workbench.runtime.cpu_source import GROUP_KINDS, INTEGER_KINDS, Matrix, Source
 from workbench.runtime.plan import (
@@ -99,6 +101,7 @@ def build(
     cores: Sequence[int] = (),
     isa: str = "auto",
     planes: bool = False,
+    columns: bool | None = None,
     job: Job | None = None,
 ) -> Any:
     """Build the decoder of a model.
@@ -112,6 +115,7 @@ def build(
         cores: processor of each thread, or none.
         isa: ``auto``, ``portable``, ``avx2``, ``avx512`` or ``avx512bf16``.
         planes: keep group codes as bit-planes and not packed.
+        columns: lay units with input thresholds out input by input; None for those where it pays.
         job: progress.
 
     Raises:
@@ -150,7 +154,12 @@ def build(
             engine.add_rope(frequencies, factor)
         for block, (rope, window) in enumerate(of_block):
             engine.set_attention(block, rope, window)
-        offsets = _matrices(engine, source, arch, planes, _blocks_by_row(source, plan, arch, planes), job)
+        by_row = _blocks_by_row(source, plan, arch, planes)
+        # What a mask of neurons leaves out lies in rows, what a threshold of inputs leaves out in columns.
+        wanted = column_units(plan, arch) if columns is not False and not planes else set()
+        wanted -= {f"blocks.{block}.gate_up" for block in by_row}
+        laid_out = partial(set_columns, threads=threads, always=columns is True)
+        offsets = _matrices(engine, source, arch, planes, by_row, wanted, laid_out, job)
         _vectors(engine, source, arch, offsets)
         _plan(engine, plan, arch)
         engine.finish()
@@ -250,19 +259,34 @@ def _expected(consumer: Consumer, plan: Plan, arch: Architecture) -> float:
 
 
 def _matrices(
-    engine: Any, source: Source, arch: Architecture, planes: bool, by_row: set[int], job: Job
+    engine: Any,
+    source: Source,
+    arch: Architecture,
+    planes: bool,
+    by_row: Collection[int],
+    columns: Collection[str],
+    laid_out: Callable[..., bool],
+    job: Job,
 ) -> dict[str, np.ndarray]:
-    """Hand over all matrices; return what integer ones add to their products, by linear id."""
+    """Hand over all matrices; return what integer ones add to their products, by linear id.
+
+    Units in ``columns`` are laid out input by input where ``laid_out`` takes them so, gate and up of the blocks
+    ``by_row`` row by row.
+    """
     offsets = {}
     job.stage("prepare weights", len(arch.linears))
-    for linear in arch.linears:
-        matrix = source.matrix(linear.id)
-        if matrix.kind in INTEGER_KINDS and "offset" in matrix.tensors:
-            offsets[linear.id] = matrix.tensors["offset"]
-        for role, part in _split(linear.role, matrix, arch):
-            rows = linear.block in by_row and role in ("gate", "up")
-            _set(engine, f"blocks.{linear.block}.{role}", part, planes, rows)
-        job.advance()
+    for unit in arch.units:
+        parts = []
+        for linear in unit.linears:
+            matrix = source.matrix(linear.id)
+            if matrix.kind in INTEGER_KINDS and "offset" in matrix.tensors:
+                offsets[linear.id] = matrix.tensors["offset"]
+            parts += [(f"blocks.{linear.block}.{role}", part) for role, part in _split(linear.role, matrix, arch)]
+            job.advance()
+        if unit.id not in columns or not laid_out(engine, parts):
+            rows = unit.kind == "gate_up" and unit.block in by_row
+            for name, part in parts:
+                _set(engine, name, part, planes, rows)
     if source.has_output():
         _set(engine, "output", source.matrix("output"), False)
     _set(engine, "embedding", source.matrix("embedding"), False)
@@ -415,11 +439,6 @@ def _plan(engine: Any, plan: Plan, arch: Architecture) -> None:
             first=getattr(program, "first", 0),
         )
     for consumer in plan.consumers:
-        if consumer.factors is not None:
-            raise EngineError(
-                f"The cpu engine has no factors of inputs ({consumer.kind} of {consumer.target}): use the reference "
-                "engine."
-            )
         engine.add_consumer(
             plan.slots.index(consumer.slot),
             consumer.kind,
@@ -427,6 +446,7 @@ def _plan(engine: Any, plan: Plan, arch: Architecture) -> None:
             list(consumer.widths),
             list(consumer.levels),
             consumer.offset,
+            [] if consumer.factors is None else np.asarray(consumer.factors, dtype=np.float32).tolist(),
         )
 
 
