@@ -49,7 +49,7 @@ class TrainingOptions:
         seed: of batches and dropout.
     """
 
-    steps: int = 600
+    steps: int = 300
     batch: int = 4
     length: int = 512
     learning_rate: float = 2e-3
