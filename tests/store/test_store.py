@@ -312,6 +312,19 @@ def test_other_errors_of_a_writer_pass_and_leave_nothing(store: Store, error: Ba
 TABLE = pd.DataFrame({"unit": ["blocks.0.qkv", None], "bits": [2, 3], "kl": [0.1, math.nan]}, index=[5, 6])
 
 
+def test_a_part_that_a_later_one_replaces_is_dropped(store: Store) -> None:
+    checkpoint = store.checkpoint(KEY)
+    checkpoint.drop("state-1")  # nothing is there yet
+    for part in ("state-1", "state-2"):
+        checkpoint.write_bytes(part, part.encode())
+    checkpoint.drop("state-1")
+    checkpoint.drop("state-1")
+    other = reopened(store).checkpoint(KEY)
+    assert other.read_bytes("state-1") is None
+    assert other.read_bytes("state-2") == b"state-2"
+    assert len(other) == 1
+
+
 def test_checkpoint_parts_read_back_exactly(store: Store) -> None:
     checkpoint = store.checkpoint(KEY)
     parts = ["blocks.0/qkv", "../outside", "日本語", "x" * 500]

@@ -9,7 +9,7 @@ from typing import Any
 
 import typer
 
-from workbench.cli import console, generate, keep, look, run
+from workbench.cli import console, generate, keep, look, run, train
 from workbench.errors import Cancelled, WorkbenchError
 
 _UsageError: Any = typer.BadParameter.__base__  # click's own, which typer does not name
@@ -31,7 +31,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for module in (run, generate, look, keep):
+for module in (run, generate, look, train, keep):
     module.register(app)
 
 

@@ -1,4 +1,4 @@
-"""Finished parts of an analysis or a fit that has not ended yet, so that an interrupted one resumes.
+"""Finished parts of an analysis, a fit or a training that has not ended yet, so that an interrupted one resumes.
 
 A part is one file (a table as Parquet, or bytes in a format of the caller's) whose name holds the SHA-256 of its bytes:
 one rename makes it both present and verifiable, and two processes that compute the same part write the same name.
@@ -91,6 +91,12 @@ class Checkpoint:
                 except FileNotFoundError:
                     if attempt == _ATTEMPTS:
                         raise
+
+    def drop(self, part: str) -> None:
+        """Remove one part, which a later one has replaced; nothing happens where it is not there."""
+        for path in self._folder.glob(f"{_prefix(part)}*"):
+            with files.disk_errors(f"Removing part '{part}' from {self._home}"):
+                path.unlink(missing_ok=True)
 
     def discard(self) -> None:
         """Remove all parts."""
