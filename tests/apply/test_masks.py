@@ -36,7 +36,13 @@ from workbench.runtime.masks import constant_mask, mask_plan, mask_policy, oracl
 from workbench.runtime.plan import Scope, Tap
 
 SPARSE = PredictedSparsityConfig(
-    width=16, prefix=8, epochs=4, decisions_per_text=24, calibration_tokens=1024, aggregates=("magnitude", "weighted")
+    tap="attention_output",
+    width=16,
+    prefix=8,
+    epochs=4,
+    decisions_per_text=24,
+    calibration_tokens=1024,
+    aggregates=("magnitude", "weighted"),
 )
 
 

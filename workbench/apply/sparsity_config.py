@@ -34,8 +34,8 @@ class PredictedSparsityConfig(MethodConfig):
         criterion: what is predicted (``analysis.sparsity``).
         predictor: ``unified``, one at the beginning for all later blocks (ShadowLLM); ``per-layer``, one in every
             block (as DejaVu's, but without looking ahead).
-        tap: what the unified predictor reads: the ``attention_output`` of block 0, or the ``residual`` that leaves its
-            last whole block.
+        tap: what the unified predictor reads: the ``residual`` that leaves its last whole block, or, as ShadowLLM does,
+            the ``attention_output`` of block 0, which knows less of the token itself and predicts worse.
         whole_blocks: the first blocks that nothing is left out of; beside block 0 only for ``residual`` and
             ``per-layer``.
         width: of the hidden layer.
@@ -57,7 +57,7 @@ class PredictedSparsityConfig(MethodConfig):
     stage: ClassVar[Stage] = "sparsity"
     criterion: Criterion = "plainact"
     predictor: Literal["unified", "per-layer"] = "unified"
-    tap: Literal["attention_output", "residual"] = "attention_output"
+    tap: Literal["attention_output", "residual"] = "residual"
     whole_blocks: Annotated[Whole, Field(ge=1)] = 1
     width: Annotated[Whole, Field(ge=1)] = 64
     scope: Literal["token", "every", "reply"] = "token"
