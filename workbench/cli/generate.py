@@ -9,12 +9,12 @@ import typer
 
 from workbench.cli import console
 from workbench.cli.options import EngineName, Json, Threads, require_compressed
+from workbench.cli.sparse import Sparse, open_sparse
 from workbench.errors import InputError
 from workbench.files import check_output_file
 
 if TYPE_CHECKING:
     from workbench.formats.compressed import CompressedModel
-    from workbench.formats.input_cuts import InputCuts
     from workbench.formats.selectors import Selectors
     from workbench.progress import Job
     from workbench.runtime.base import Engine
@@ -56,7 +56,14 @@ def generate(
     ] = None,
     sparsity: Annotated[
         float | None,
-        typer.Option(help="Share of the weights not to use, by leaving small inputs out: models with input sparsity."),
+        typer.Option(help="Share of the weights not to use: models with input sparsity or predicted sparsity."),
+    ] = None,
+    scope: Annotated[
+        str | None,
+        typer.Option(
+            help="With --sparsity, where it is predicted: choose heads and neurons at every 'token', 'every:8' tokens, "
+            "or once per 'reply'; as the predictor was trained if not given."
+        ),
     ] = None,
     engine: EngineName = "auto",
     threads: Threads = None,
@@ -76,11 +83,14 @@ def generate(
         raise InputError("--sparsity goes with neither --width nor --target: a model decides on widths or on sparsity.")
     if target is None:
         _require_target({"--hold" if hold else "--no-hold": hold is not None, "--fail-safe": fail_safe, "--log": log})
+    if sparsity is None and scope is not None:
+        raise InputError("--scope means something only with --sparsity: give the share of the weights not to use.")
     watched: Held | None = None
-    expected: float | None = None
+    sparse: Sparse | None = None
     with console.running(quiet=True) as job:
         if sparsity is not None:
-            opened, expected = _at_sparsity(model, sparsity, engine, threads, job)
+            _, sparse = open_sparse(model, sparsity, scope, engine, threads, job)
+            opened = sparse.engine
             sequence = opened.start(seed=seed)
         elif target is None:
             opened = _at_width(model, width, engine, threads, job)
@@ -109,7 +119,6 @@ def generate(
                 watched.log.save(log)
     steps = [step.seconds for step in sequence.trace[len(ids) :]]
     per_token = 1000 * sum(steps) / len(steps) if steps else None
-    effective = 1 - sum(step.kept_weights for step in sequence.trace) / len(sequence.trace)
     if as_json:
         facts: dict[str, Any] = {
             "model": loaded.name,
@@ -127,10 +136,8 @@ def generate(
             facts["realised_bits"] = watched.controller.realised
             facts["warning"] = watched.controller.warning
             facts["units_unlike"] = list(watched.controller.watch.outside)
-        if sparsity is not None:
-            facts["sparsity"] = sparsity
-            facts["expected_sparsity"] = expected
-            facts["effective_sparsity"] = effective
+        if sparse is not None:
+            facts |= sparse.facts(sequence.trace, len(ids))
         console.show_json(facts)
         return
     console.say(loaded.decode(reply))
@@ -143,11 +150,8 @@ def generate(
         console.tell(f"Read at {read:.3f} bits on average, prompt included; asked for {target:g}.")
         if warning:
             console.tell(warning)
-    if expected is not None:
-        console.tell(
-            f"{effective:.1%} of the blocks' weights were not used, prompt included; {expected:.1%} expected from the "
-            "calibration text."
-        )
+    if sparse is not None:
+        console.tell(sparse.said(sequence.trace, len(ids)))
 
 
 def retune(
@@ -231,30 +235,6 @@ def _at_target(
 
     plan = precision_plan(compressed.architecture, selectors, target)
     return open_engine(compressed, engine=engine, plan=plan, threads=threads, job=job)
-
-
-def _with_cuts(model: str) -> tuple[CompressedModel, InputCuts]:
-    from workbench.formats.compressed import CompressedModel
-
-    require_compressed(model, "--sparsity reads")
-    compressed = CompressedModel.load(model)
-    if compressed.input_cuts is None:
-        raise InputError(
-            f"{model} cannot leave inputs out: compress with the method 'input-sparsity' after the others."
-        )
-    return compressed, compressed.input_cuts
-
-
-def _at_sparsity(model: str, sparsity: float, engine: str, threads: int | None, job: Job) -> tuple[Engine, float]:
-    """Open an engine that leaves small inputs out, and say what share of the weights calibration text leaves out."""
-    from workbench.runtime import open_engine
-    from workbench.runtime.input_sparsity import expected_sparsity, input_plan, input_thresholds
-
-    compressed, cuts = _with_cuts(model)
-    plan = input_plan(compressed.architecture, cuts, sparsity)
-    thresholds = input_thresholds(compressed.architecture, cuts, sparsity)
-    expected = expected_sparsity(compressed.architecture, cuts, thresholds)
-    return open_engine(compressed, engine=engine, plan=plan, threads=threads, job=job), expected
 
 
 def _held(
