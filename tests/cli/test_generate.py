@@ -136,7 +136,7 @@ SCOPES = ("token", "every:8", "reply")
 
 @pytest.mark.parametrize("engine", ["reference", "cpu"])
 def test_a_predicted_sparsity_is_held_when_generating(workbench: Command, masked: Path, engine: str) -> None:
-    asked = (*ASKED, "--engine", engine)
+    asked = (*ASKED, "--engine", engine, "--no-guard")
     found = [workbench("generate", masked, *asked, "--sparsity", s).json for s in ("0", "0.2", "0.4")]
     shares = [one["effective_sparsity"] for one in found]
     assert found[0]["expected_sparsity"] == 0 == shares[0]
@@ -147,16 +147,32 @@ def test_a_predicted_sparsity_is_held_when_generating(workbench: Command, masked
         assert (one["scope"], one["prefix"]) == ("token", 4)
         assert (one["deciding_share"] is None) == (engine == "reference")
         assert engine == "reference" or 0 < one["deciding_share"] < 1
-    plain = workbench("generate", masked, *asked).json
+    plain = workbench("generate", masked, *ASKED, "--engine", engine).json
     assert found[0]["tokens"] == plain["tokens"] != found[2]["tokens"]
     by_scope = {s: workbench("generate", masked, *asked, "--sparsity", "0.4", "--scope", s) for s in SCOPES}
     assert {s: one.json["scope"] for s, one in by_scope.items()} == {s: s for s in SCOPES}
     assert by_scope["reply"].json["prefix"] == 0
     assert len({one.json["effective_sparsity"] for one in by_scope.values()}) == len(SCOPES)
-    said = workbench("generate", masked, "Hello", "--new-tokens", "8", "--engine", engine, "--sparsity", "0.2")
+    said = workbench("generate", masked, "Hello", "--new-tokens", "8", *asked[-3:], "--sparsity", "0.2")
     assert "expected from held-out text after its first 4 tokens" in said.err
-    said = workbench("generate", masked, "Hello", "--new-tokens", "1", "--engine", engine, "--sparsity", "0.2")
+    said = workbench("generate", masked, "Hello", "--new-tokens", "1", *asked[-3:], "--sparsity", "0.2")
     assert "took no step" in said.err
+
+
+def test_what_runs_dense_says_why(workbench: Command, masked: Path) -> None:
+    asked = ("generate", masked, "Hello", "--new-tokens", "16", "--engine", "reference", "--sparsity", "0.3")
+    found = workbench(*asked, "--important", "--json").json
+    assert (found["dense_because"], found["effective_sparsity"]) == ("important", 0)
+    assert "Ran dense: important." in workbench(*asked, "--important").err
+    found = workbench(*asked, "--json").json
+    assert 0.5 < found["confidence"] < 1
+    assert found["dense_because"] == ("low confidence" if found["confidence"] < found["lowest_confidence"] else None)
+    assert workbench(*asked, "--no-guard", "--json").json["dense_because"] is None
+    safe = workbench(*asked, "--fail-safe", "--json").json
+    if found["dense_because"] is None and abs(found["drift"]) > found["drift_band"]:
+        assert safe["dense_because"] == "unlike the calibration text"
+    else:
+        assert safe["dense_because"] == found["dense_because"]
 
 
 def test_a_predicted_sparsity_that_cannot_be_is_refused(workbench: Command, masked: Path, sparse: Path) -> None:
@@ -166,6 +182,8 @@ def test_a_predicted_sparsity_that_cannot_be_is_refused(workbench: Command, mask
         (masked, ("--sparsity", "0.3", "--scope", "every"), "every:8"),
         (masked, ("--sparsity", "0.3", "--scope", "every:0"), "allowed are token"),
         (masked, ("--scope", "reply"), "only with --sparsity"),
+        (masked, ("--important",), "only with --sparsity"),
+        (sparse, ("--sparsity", "0.3", "--important"), "'predicted-sparsity'"),
         (sparse, ("--sparsity", "0.3", "--scope", "reply"), "'predicted-sparsity'"),
     ):
         refused = workbench("generate", model, *ASKED, "--engine", "reference", *arguments)

@@ -49,8 +49,23 @@ def generate(
     ] = None,
     fail_safe: Annotated[
         bool,
-        typer.Option("--fail-safe", help="With --target: read at the widest once text is unlike the calibration text."),
+        typer.Option(
+            "--fail-safe",
+            help="Once text is unlike the calibration text, with --target: read at the widest; with --sparsity, where "
+            "it is predicted: run dense.",
+        ),
     ] = False,
+    important: Annotated[
+        bool, typer.Option("--important", help="With --sparsity, where it is predicted: run this request dense.")
+    ] = False,
+    guard: Annotated[
+        bool | None,
+        typer.Option(
+            help="With --sparsity, where it is predicted: run dense what the predictor is unsure of; done unless "
+            "--no-guard.",
+            show_default=False,
+        ),
+    ] = None,
     log: Annotated[
         Path | None, typer.Option(help="With --target: add counts of what was chosen, and no text, to this file.")
     ] = None,
@@ -82,16 +97,18 @@ def generate(
     if sparsity is not None and (width is not None or target is not None):
         raise InputError("--sparsity goes with neither --width nor --target: a model decides on widths or on sparsity.")
     if target is None:
-        _require_target({"--hold" if hold else "--no-hold": hold is not None, "--fail-safe": fail_safe, "--log": log})
-    if sparsity is None and scope is not None:
-        raise InputError("--scope means something only with --sparsity: give the share of the weights not to use.")
+        safe = fail_safe and sparsity is None
+        asked = {"--hold" if hold else "--no-hold": hold is not None, "--fail-safe": safe, "--log": log is not None}
+        _require(asked, "--target", "the average bits to read at")
+    if sparsity is None:
+        asked = {"--scope": scope is not None, "--important": important, "--guard": guard is not None}
+        _require(asked, "--sparsity", "the share of the weights not to use")
     watched: Held | None = None
     sparse: Sparse | None = None
     with console.running(quiet=True) as job:
         if sparsity is not None:
-            _, sparse = open_sparse(model, sparsity, scope, engine, threads, job)
+            sparse = open_sparse(model, sparsity, scope, engine, threads, job, important, guard, fail_safe)
             opened = sparse.engine
-            sequence = opened.start(seed=seed)
         elif target is None:
             opened = _at_width(model, width, engine, threads, job)
             sequence = opened.start(seed=seed)
@@ -103,16 +120,12 @@ def generate(
             watched = _held(opened, sequence, compressed, target, hold is not False, fail_safe, counted)
         loaded = opened.model
         ids = loaded.encode(prompt) if raw else loaded.encode_chat(prompt)
-        reply = opened.generate(
-            sequence,
-            ids,
-            new_tokens,
-            sampler=sampler,
-            stop_tokens=loaded.stop_tokens,
-            job=job,
-            on_token=watched,
-            between=watched.look if watched is not None else None,
-        )
+        options: dict[str, Any] = {"sampler": sampler, "stop_tokens": loaded.stop_tokens, "job": job}
+        if sparse is not None:
+            sequence, reply = sparse.reply(ids, new_tokens, seed=seed, **options)
+        else:
+            between = watched.look if watched is not None else None
+            reply = opened.generate(sequence, ids, new_tokens, on_token=watched, between=between, **options)
         if watched is not None:
             watched.finish()
             if watched.log is not None and log is not None:
@@ -151,7 +164,8 @@ def generate(
         if warning:
             console.tell(warning)
     if sparse is not None:
-        console.tell(sparse.said(sequence.trace, len(ids)))
+        for line in sparse.said(sequence.trace, len(ids)):
+            console.tell(line)
 
 
 def retune(
@@ -182,14 +196,12 @@ def retune(
     console.say(f"Retuned on {counted.tokens:,} tokens: {folder}. Measure it before it replaces the other.")
 
 
-def _require_target(given: dict[str, Any]) -> None:
-    """Refuse options that change nothing without a target."""
+def _require(given: dict[str, bool], option: str, what: str) -> None:
+    """Refuse options that change nothing without another."""
     named = [name for name, value in given.items() if value]
     if named:
         verb = "means" if len(named) == 1 else "mean"
-        raise InputError(
-            f"{' and '.join(named)} {verb} something only with --target: give the average bits to read at."
-        )
+        raise InputError(f"{' and '.join(named)} {verb} something only with {option}: give {what}.")
 
 
 def _keep_apart(model: Path, log: Path, out: Path) -> None:

@@ -10,16 +10,16 @@ from workbench.cli.options import require_compressed
 from workbench.errors import InputError
 
 if TYPE_CHECKING:
-    from workbench.formats.compressed import CompressedModel
     from workbench.formats.mask_predictor import MaskPredictor
     from workbench.progress import Job
     from workbench.runtime.base import Engine, StepTrace
+    from workbench.runtime.mask_safety import MaskWatch, Verdict
     from workbench.runtime.plan import Scope
 
 _SCOPES = "token, every:N (N tokens from one decision to the next, such as every:8) or reply"
 
 
-@dataclass(frozen=True)
+@dataclass
 class Sparse:
     """An engine that leaves weights out.
 
@@ -29,6 +29,11 @@ class Sparse:
         expected: share of the blocks' weights that held-out text leaves out, first tokens apart.
         predictor: what chooses heads and neurons; None where small inputs are left out.
         scope: when it chooses; None likewise.
+        watch: judges prompts; None where small inputs are left out, or where the model keeps no statistics.
+        important: the request runs dense.
+        guard: it does where the predictor is unsure.
+        fail_safe: it does too where it is unlike the calibration text.
+        verdict: of the prompt, once it is read.
     """
 
     engine: Engine
@@ -36,6 +41,20 @@ class Sparse:
     expected: float
     predictor: MaskPredictor | None = None
     scope: Scope | None = None
+    watch: MaskWatch | None = None
+    important: bool = False
+    guard: bool = True
+    fail_safe: bool = False
+    verdict: Verdict | None = None
+
+    def reply(self, ids: Sequence[int], new_tokens: int, **options: Any) -> tuple[Any, list[int]]:
+        """A sequence that read ``ids``, and what it replied; ``options`` as of ``guarded_reply``."""
+        from workbench.runtime.mask_safety import guarded_reply
+
+        options |= {"important": self.important, "guard": self.guard, "fail_safe": self.fail_safe}
+        sequence, reply, verdict = guarded_reply(self.engine, self.watch, ids, new_tokens, **options)
+        self.verdict = None if self.predictor is None else verdict
+        return sequence, reply
 
     def facts(self, steps: Sequence[StepTrace], prompt: int) -> dict[str, Any]:
         """What ``--json`` says, of all steps of a text whose first ``prompt`` were its prompt."""
@@ -45,6 +64,10 @@ class Sparse:
             found["scope"] = f"every:{self.scope.n}" if self.scope.kind == "every" else self.scope.kind
             found["prefix"] = self.prefix
             found["deciding_share"] = deciding_share(steps[prompt:])
+        if self.verdict is not None:
+            found |= {"confidence": self.verdict.confidence, "lowest_confidence": self.verdict.lowest}
+            found |= {"drift": self.verdict.drift, "drift_band": self.verdict.band}
+            found["dense_because"] = self.verdict.dense_because or None
         return found
 
     def left_out(self, steps: Sequence[StepTrace], prompt: int) -> float | None:
@@ -62,8 +85,29 @@ class Sparse:
             return 0
         return int(self.predictor.facts["prefix"])
 
-    def said(self, steps: Sequence[StepTrace], prompt: int) -> str:
-        """The same in a line."""
+    def said(self, steps: Sequence[StepTrace], prompt: int) -> list[str]:
+        """The same in lines."""
+        lines = [self._used(steps, prompt)]
+        found = self.verdict
+        if found is None:
+            return lines
+        if found.unlike:
+            lines.append(
+                f"This prompt is unlike the calibration text: it lies {found.drift:.1f} standard errors off, where "
+                f"{found.band:.1f} either way are usual. Masks may be predicted as badly."
+            )
+        if found.unsure and not found.dense_because:
+            lines.append(
+                f"The predictor is unsure of this prompt: {found.confidence:.3f}, usual is {found.lowest:.3f} and more."
+            )
+        if found.dense_because:
+            sure = f" ({found.confidence:.3f}, usual is {found.lowest:.3f} and more)" if found.unsure else ""
+            lines.append(f"Ran dense: {found.dense_because}{sure}.")
+        if self.watch is None and not self.important:
+            lines.append("Nobody watched: the model was made before statistics were kept. Compress it again for that.")
+        return lines
+
+    def _used(self, steps: Sequence[StepTrace], prompt: int) -> str:
         left_out = self.left_out(steps, prompt)
         if self.predictor is None:
             return (
@@ -107,8 +151,16 @@ def scope_of(text: str) -> Scope:
 
 
 def open_sparse(
-    model: str, sparsity: float, scope: str | None, engine: str, threads: int | None, job: Job
-) -> tuple[CompressedModel, Sparse]:
+    model: str,
+    sparsity: float,
+    scope: str | None,
+    engine: str,
+    threads: int | None,
+    job: Job,
+    important: bool = False,
+    guard: bool | None = None,
+    fail_safe: bool = False,
+) -> Sparse:
     """Open a compressed model that leaves a share of its weights out.
 
     Raises:
@@ -130,16 +182,27 @@ def open_sparse(
         chosen = scope_of_predictor(predictor) if wanted is None else wanted
         plan = mask_plan(architecture, predictor, sparsity, scope=chosen)
         expected = expected_left_out(architecture, predictor, mask_thresholds(architecture, predictor, sparsity))
+        watch = None
+        if predictor.statistics is not None or fail_safe:
+            from workbench.runtime.mask_safety import MaskWatch
+
+            watch = MaskWatch(architecture, predictor, sparsity)
         opened = open_engine(compressed, engine=engine, plan=plan, threads=threads, job=job)
-        return compressed, Sparse(opened, sparsity, expected, predictor, chosen)
+        return Sparse(opened, sparsity, expected, predictor, chosen, watch, important, guard is not False, fail_safe)
     if compressed.input_cuts is None:
         raise InputError(
             f"{model} cannot leave weights out: compress with the method 'input-sparsity' or 'predicted-sparsity' "
             "after the others."
         )
-    if scope is not None:
+    named = {
+        "--scope": scope is not None,
+        "--important": important,
+        "--guard": guard is not None,
+        "--fail-safe": fail_safe,
+    }
+    for name in (name for name, given in named.items() if given):
         raise InputError(
-            f"--scope means nothing to {model}, which looks at the inputs of every token: it is for models with the "
+            f"{name} means nothing to {model}, which looks at the inputs of every token: it is for models with the "
             "method 'predicted-sparsity'."
         )
     from workbench.runtime.input_sparsity import expected_sparsity, input_plan, input_thresholds
@@ -147,6 +210,4 @@ def open_sparse(
     cuts = compressed.input_cuts
     plan = input_plan(architecture, cuts, sparsity)
     expected = expected_sparsity(architecture, cuts, input_thresholds(architecture, cuts, sparsity))
-    return compressed, Sparse(
-        open_engine(compressed, engine=engine, plan=plan, threads=threads, job=job), sparsity, expected
-    )
+    return Sparse(open_engine(compressed, engine=engine, plan=plan, threads=threads, job=job), sparsity, expected)
