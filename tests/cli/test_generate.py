@@ -175,6 +175,25 @@ def test_what_runs_dense_says_why(workbench: Command, masked: Path) -> None:
         assert safe["dense_because"] == found["dense_because"]
 
 
+def test_a_predictor_is_retuned_from_logged_counts(workbench: Command, masked: Path, tmp_path: Path) -> None:
+    log, out = tmp_path / "log.json", tmp_path / "retuned"
+    asked = ("generate", masked, "--engine", "reference", "--sparsity", "0.3", "--no-guard", "--log", log)
+    assert workbench(*asked, "Hello", "--new-tokens", "64").code == 0
+    refused = workbench("retune", masked, "--log", log, "--out", out)
+    assert refused.code == 2
+    assert "too few" in refused.line
+    before, kept = files(masked), json.loads(log.read_text())["sums"]["decisions"]
+    for word in ("Why", "What", "Who", "Where", "When"):
+        assert workbench(*asked, word, "--new-tokens", "80").code == 0
+    done = workbench("retune", masked, "--log", log, "--out", out, "--json").json
+    assert done["tokens"] >= 256 > kept
+    assert files(masked) == before
+    found = {m: workbench("generate", m, *ASKED, *asked[2:7]).json for m in (masked, out)}
+    assert found[out]["expected_sparsity"] == pytest.approx(found[masked]["expected_sparsity"], abs=0.02)
+    assert found[out]["effective_sparsity"] != found[masked]["effective_sparsity"]
+    assert "another model" in workbench("retune", out, "--log", log, "--out", tmp_path / "more").line
+
+
 def test_a_predicted_sparsity_that_cannot_be_is_refused(workbench: Command, masked: Path, sparse: Path) -> None:
     for model, arguments, message in (
         (masked, ("--sparsity", "0.9"), "is not possible here"),

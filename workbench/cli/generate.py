@@ -67,7 +67,11 @@ def generate(
         ),
     ] = None,
     log: Annotated[
-        Path | None, typer.Option(help="With --target: add counts of what was chosen, and no text, to this file.")
+        Path | None,
+        typer.Option(
+            help="With --target, or --sparsity where it is predicted: add counts of what was chosen, and no text, to "
+            "this file."
+        ),
     ] = None,
     sparsity: Annotated[
         float | None,
@@ -97,8 +101,9 @@ def generate(
     if sparsity is not None and (width is not None or target is not None):
         raise InputError("--sparsity goes with neither --width nor --target: a model decides on widths or on sparsity.")
     if target is None:
-        safe = fail_safe and sparsity is None
-        asked = {"--hold" if hold else "--no-hold": hold is not None, "--fail-safe": safe, "--log": log is not None}
+        alone = sparsity is None  # these two go with a sparsity as well
+        asked = {"--hold" if hold else "--no-hold": hold is not None}
+        asked |= {"--fail-safe": fail_safe and alone, "--log": log is not None and alone}
         _require(asked, "--target", "the average bits to read at")
     if sparsity is None:
         asked = {"--scope": scope is not None, "--important": important, "--guard": guard is not None}
@@ -107,7 +112,7 @@ def generate(
     sparse: Sparse | None = None
     with console.running(quiet=True) as job:
         if sparsity is not None:
-            sparse = open_sparse(model, sparsity, scope, engine, threads, job, important, guard, fail_safe)
+            sparse = open_sparse(model, sparsity, scope, engine, threads, job, important, guard, fail_safe, log)
             opened = sparse.engine
         elif target is None:
             opened = _at_width(model, width, engine, threads, job)
@@ -123,6 +128,8 @@ def generate(
         options: dict[str, Any] = {"sampler": sampler, "stop_tokens": loaded.stop_tokens, "job": job}
         if sparse is not None:
             sequence, reply = sparse.reply(ids, new_tokens, seed=seed, **options)
+            if sparse.log is not None and log is not None:
+                sparse.log.save(log)
         else:
             between = watched.look if watched is not None else None
             reply = opened.generate(sequence, ids, new_tokens, on_token=watched, between=between, **options)
@@ -169,31 +176,43 @@ def generate(
 
 
 def retune(
-    model: Annotated[str, typer.Argument(metavar="DIR", help="A compressed model with dynamic precision.")],
+    model: Annotated[str, typer.Argument(metavar="DIR", help="A model with dynamic precision or predicted sparsity.")],
     log: Annotated[Path, typer.Option(help="What 'generate --log' counted.")],
     out: Annotated[Path, typer.Option(help="Folder for the retuned model; the other one is left as it is.")],
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a compressed model that is there.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Fit the thresholds of dynamic precision to text as it is, from logged counts; weights stay the same."""
+    """Fit the thresholds of dynamic precision or predicted sparsity to text as it is, from logged counts.
+
+    Weights and predictors stay the same.
+    """
     from dataclasses import replace
 
+    from workbench.formats.compressed import CompressedModel
     from workbench.formats.folder import check_output_folder
-    from workbench.runtime.precision_log import PrecisionLog, retuned
+    from workbench.runtime import mask_log, precision_log
 
     require_compressed(model, "retune reads")
     _keep_apart(Path(model), log, out)
     folder = check_output_folder(out, overwrite=overwrite)
-    compressed, selectors = _with_selectors(model, "retune reads")
-    counted = PrecisionLog.load(log, compressed.sha256, selectors)
-    made = replace(compressed, selectors=retuned(selectors, counted), folder=None, recorded_sha256=None)
+    compressed = CompressedModel.load(model)
+    if (predictor := compressed.mask_predictor) is not None:
+        masks = mask_log.MaskLog.load(log, compressed.sha256, predictor)
+        tokens = masks.decisions
+        made = replace(compressed, mask_predictor=mask_log.retuned(predictor, masks))
+    else:
+        compressed, selectors = _with_selectors(model, "retune reads")
+        counted = precision_log.PrecisionLog.load(log, compressed.sha256, selectors)
+        tokens = counted.tokens
+        made = replace(compressed, selectors=precision_log.retuned(selectors, counted))
+    made = replace(made, folder=None, recorded_sha256=None)
     made.save(folder, overwrite=overwrite)
     if as_json:
         console.show_json(
-            {"out": str(folder), "sha256": made.sha256, "retuned_from": compressed.sha256, "tokens": counted.tokens}
+            {"out": str(folder), "sha256": made.sha256, "retuned_from": compressed.sha256, "tokens": tokens}
         )
         return
-    console.say(f"Retuned on {counted.tokens:,} tokens: {folder}. Measure it before it replaces the other.")
+    console.say(f"Retuned on {tokens:,} tokens: {folder}. Measure it before it replaces the other.")
 
 
 def _require(given: dict[str, bool], option: str, what: str) -> None:

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from workbench.cli.options import require_compressed
 from workbench.errors import InputError
+from workbench.files import check_output_file
 
 if TYPE_CHECKING:
     from workbench.formats.mask_predictor import MaskPredictor
     from workbench.progress import Job
     from workbench.runtime.base import Engine, StepTrace
+    from workbench.runtime.mask_log import MaskLog
     from workbench.runtime.mask_safety import MaskWatch, Verdict
     from workbench.runtime.plan import Scope
 
@@ -33,6 +36,7 @@ class Sparse:
         important: the request runs dense.
         guard: it does where the predictor is unsure.
         fail_safe: it does too where it is unlike the calibration text.
+        log: what requests are counted in.
         verdict: of the prompt, once it is read.
     """
 
@@ -45,6 +49,7 @@ class Sparse:
     important: bool = False
     guard: bool = True
     fail_safe: bool = False
+    log: MaskLog | None = None
     verdict: Verdict | None = None
 
     def reply(self, ids: Sequence[int], new_tokens: int, **options: Any) -> tuple[Any, list[int]]:
@@ -52,7 +57,7 @@ class Sparse:
         from workbench.runtime.mask_safety import guarded_reply
 
         options |= {"important": self.important, "guard": self.guard, "fail_safe": self.fail_safe}
-        sequence, reply, verdict = guarded_reply(self.engine, self.watch, ids, new_tokens, **options)
+        sequence, reply, verdict = guarded_reply(self.engine, self.watch, ids, new_tokens, log=self.log, **options)
         self.verdict = None if self.predictor is None else verdict
         return sequence, reply
 
@@ -132,6 +137,14 @@ def deciding_share(steps: Sequence[StepTrace]) -> float | None:
     return sum(step.parts["deciders"] for step in timed) / total if total > 0 else None
 
 
+def open_log(path: Path, model: str, predictor: MaskPredictor) -> MaskLog:
+    """The log at a path, or an empty one where there is none yet."""
+    from workbench.runtime.mask_log import MaskLog
+
+    check_output_file(path)
+    return MaskLog.load(path, model, predictor) if path.exists() else MaskLog.empty(model, predictor)
+
+
 def scope_of(text: str) -> Scope:
     """A scope as it is given on the command line.
 
@@ -160,6 +173,7 @@ def open_sparse(
     important: bool = False,
     guard: bool | None = None,
     fail_safe: bool = False,
+    log: Path | None = None,
 ) -> Sparse:
     """Open a compressed model that leaves a share of its weights out.
 
@@ -183,12 +197,15 @@ def open_sparse(
         plan = mask_plan(architecture, predictor, sparsity, scope=chosen)
         expected = expected_left_out(architecture, predictor, mask_thresholds(architecture, predictor, sparsity))
         watch = None
-        if predictor.statistics is not None or fail_safe:
+        if predictor.statistics is not None or fail_safe or log is not None:
             from workbench.runtime.mask_safety import MaskWatch
 
             watch = MaskWatch(architecture, predictor, sparsity)
+        counted = None if log is None else open_log(log, compressed.sha256, predictor)
         opened = open_engine(compressed, engine=engine, plan=plan, threads=threads, job=job)
-        return Sparse(opened, sparsity, expected, predictor, chosen, watch, important, guard is not False, fail_safe)
+        return Sparse(
+            opened, sparsity, expected, predictor, chosen, watch, important, guard is not False, fail_safe, counted
+        )
     if compressed.input_cuts is None:
         raise InputError(
             f"{model} cannot leave weights out: compress with the method 'input-sparsity' or 'predicted-sparsity' "

@@ -6,7 +6,8 @@ scores and inputs lie, not how good the masks are: that is not known while runni
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,7 @@ from workbench.formats.mask_statistics import MaskStatistics
 from workbench.models.base import Architecture
 from workbench.progress import Job
 from workbench.runtime.base import GREEDY, Engine, Sampler
+from workbench.runtime.mask_log import MaskLog
 from workbench.runtime.mask_shares import mask_thresholds, predictor_groups
 from workbench.runtime.plan import Policy
 
@@ -74,7 +76,7 @@ class MaskWatch:
     def __init__(self, architecture: Architecture, predictor: MaskPredictor, sparsity: float) -> None:
         from scipy.special import stdtrit
 
-        self.predictor, self.statistics = predictor, _statistics(predictor)
+        self.architecture, self.predictor, self.statistics = architecture, predictor, _statistics(predictor)
         groups = predictor_groups(architecture, predictor)
         sizes = [group.size for group in groups]
         thresholds = mask_thresholds(architecture, predictor, sparsity)
@@ -122,16 +124,31 @@ class MaskWatch:
 
 
 class PromptReader:
-    """A tap callback (``numpy``) that keeps of a prompt what a watch judges it by."""
+    """A tap callback (``numpy``) that keeps of a prompt what a watch judges it by, and counts decisions in a log.
 
-    def __init__(self, watch: MaskWatch) -> None:
-        self._watch = watch
+    Args:
+        watch: whose predictor is read.
+        log: what decisions are added to, if anything.
+        decides: for positions (n,), whether something is decided there, bool (n,).
+    """
+
+    def __init__(
+        self,
+        watch: MaskWatch,
+        log: MaskLog | None = None,
+        decides: Callable[[np.ndarray], np.ndarray] = lambda positions: positions >= 0,
+    ) -> None:
+        self._watch, self._log, self._decides = watch, log, decides
         self._last: dict[str, np.ndarray] = {}
         self._distances: list[np.ndarray] = []
 
     def __call__(self, site: str, first: int, rows: Any) -> None:
         if site not in self._watch.sites:
             return
+        if self._log is not None:
+            chosen = self._decides(np.arange(first, first + len(rows)))
+            part = self._watch.sites.index(site)
+            self._log.see(self._watch.architecture, self._watch.predictor, part, rows[chosen])
         self._last[site] = np.array(rows[-1:], dtype=np.float32)
         if site == self._watch.sites[0] and len(rows) > (first == 0):
             self._distances.append(self._watch.statistics.distance(rows[1:] if first == 0 else rows))
@@ -157,6 +174,7 @@ def guarded_reply(
     sampler: Sampler = GREEDY,
     stop_tokens: Sequence[int] = (),
     job: Job | None = None,
+    log: MaskLog | None = None,
 ) -> tuple[Any, list[int], Verdict]:
     """Reply under an engine's mask plan, or dense where that is called for.
 
@@ -176,6 +194,8 @@ def guarded_reply(
         sampler: see ``Engine.generate``.
         stop_tokens: see there.
         job: see there.
+        log: what the request is added to, with every decision that was looked at (none of a sequence that runs dense);
+            taps are then read all along, which takes time. With a watch alone.
 
     Returns:
         The sequence, its new tokens, and what is known of the prompt.
@@ -186,13 +206,14 @@ def guarded_reply(
         sequence = engine.start(seed=seed)
         if watch is None:
             return sequence, engine.generate(sequence, prompt, new_tokens, **options), Verdict()
-        reader = PromptReader(watch)
+        reader = PromptReader(watch, log, functools.partial(_decided, engine, len(prompt)))
         found: list[Verdict] = []
 
         def look(token: int | None = None) -> None:
             if found:
                 return
-            engine.set_tap(None)
+            if log is None:
+                engine.set_tap(None)
             judged = reader.judged()
             because = UNSURE if guard and judged.unsure else UNLIKE if fail_safe and judged.unlike else ""
             found.append(Verdict(judged.confidence, judged.lowest, judged.drift, judged.band, because))
@@ -203,6 +224,7 @@ def guarded_reply(
         try:
             reply = engine.generate(sequence, prompt, new_tokens, on_token=look, **options)
             look()
+            _counted(log, sequence, len(prompt), found[0])
             return sequence, reply, found[0]
         except _Dense:
             verdict = found[0]
@@ -211,7 +233,23 @@ def guarded_reply(
     engine.set_policy(Policy(values=dict.fromkeys(engine.plan.slots, 1.0)))
     sequence = engine.start(seed=seed)
     engine.set_policy(Policy())
-    return sequence, engine.generate(sequence, prompt, new_tokens, **options), verdict
+    reply = engine.generate(sequence, prompt, new_tokens, **options)
+    _counted(log, sequence, len(prompt), verdict)
+    return sequence, reply, verdict
+
+
+def _decided(engine: Engine, prompt: int, positions: np.ndarray) -> np.ndarray:
+    """Whether the plan decides at positions (n,), bool (n,): all its deciders do so together."""
+    decider = engine.plan.deciders[0]
+    if decider.scope.kind == "reply":
+        return positions == prompt - 1
+    return (positions >= getattr(decider.program, "first", 0)) & (positions % decider.scope.n == 0)
+
+
+def _counted(log: MaskLog | None, sequence: Any, prompt: int, verdict: Verdict) -> None:
+    if log is not None:
+        dense = bool(verdict.dense_because)
+        log.finish(sequence.trace[prompt:], verdict.confidence, verdict.drift, dense=dense)
 
 
 class _Dense(Exception):
