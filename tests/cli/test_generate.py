@@ -17,6 +17,7 @@ from workbench.apply.nested import NestedConfig
 from workbench.apply.precision_config import PrecisionConfig
 from workbench.apply.recipe import Recipe
 from workbench.apply.rtn import RtnConfig
+from workbench.apply.sparsity_config import PredictedSparsityConfig
 from workbench.models import load
 
 Command = Callable[..., Any]
@@ -117,6 +118,94 @@ def test_a_sparsity_is_held_when_generating(workbench: Command, sparse: Path, dy
         (dynamic, ("--sparsity", "0.3"), "'input-sparsity'"),
     ):
         refused = workbench("generate", model, *asked, *arguments)
+        assert refused.code != 0
+        assert message in refused.line
+
+
+@pytest.fixture(scope="module")
+def masked(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> Path:
+    """A compressed model that predicts which heads and neurons matter."""
+    model = load(str(tiny_folder))
+    masks = PredictedSparsityConfig(width=16, prefix=4, epochs=2, decisions_per_text=24, calibration_tokens=1024)
+    recipe = Recipe.for_model(model, RtnConfig(bits=8, group_size=16), masks)
+    return compress(model, recipe).save(tmp_path_factory.mktemp("compressed") / "masked")
+
+
+SCOPES = ("token", "every:8", "reply")
+
+
+@pytest.mark.parametrize("engine", ["reference", "cpu"])
+def test_a_predicted_sparsity_is_held_when_generating(workbench: Command, masked: Path, engine: str) -> None:
+    asked = (*ASKED, "--engine", engine, "--no-guard")
+    found = [workbench("generate", masked, *asked, "--sparsity", s).json for s in ("0", "0.2", "0.4")]
+    shares = [one["effective_sparsity"] for one in found]
+    assert found[0]["expected_sparsity"] == 0 == shares[0]
+    assert shares[0] < shares[1] < shares[2]
+    for one in found[1:]:  # of all weights, keys and values included: less than of heads and neurons
+        assert 0.5 * one["sparsity"] < one["expected_sparsity"] < one["sparsity"]
+        assert one["effective_sparsity"] == pytest.approx(one["expected_sparsity"], abs=0.1)
+        assert (one["scope"], one["prefix"]) == ("token", 4)
+        assert (one["deciding_share"] is None) == (engine == "reference")
+        assert engine == "reference" or 0 < one["deciding_share"] < 1
+    plain = workbench("generate", masked, *ASKED, "--engine", engine).json
+    assert found[0]["tokens"] == plain["tokens"] != found[2]["tokens"]
+    by_scope = {s: workbench("generate", masked, *asked, "--sparsity", "0.4", "--scope", s) for s in SCOPES}
+    assert {s: one.json["scope"] for s, one in by_scope.items()} == {s: s for s in SCOPES}
+    assert by_scope["reply"].json["prefix"] == 0
+    assert len({one.json["effective_sparsity"] for one in by_scope.values()}) == len(SCOPES)
+    said = workbench("generate", masked, "Hello", "--new-tokens", "8", *asked[-3:], "--sparsity", "0.2")
+    assert "expected from held-out text after its first 4 tokens" in said.err
+    said = workbench("generate", masked, "Hello", "--new-tokens", "1", *asked[-3:], "--sparsity", "0.2")
+    assert "took no step" in said.err
+
+
+def test_what_runs_dense_says_why(workbench: Command, masked: Path) -> None:
+    asked = ("generate", masked, "Hello", "--new-tokens", "16", "--engine", "reference", "--sparsity", "0.3")
+    found = workbench(*asked, "--important", "--json").json
+    assert (found["dense_because"], found["effective_sparsity"]) == ("important", 0)
+    assert "Ran dense: important." in workbench(*asked, "--important").err
+    found = workbench(*asked, "--json").json
+    assert 0.5 < found["confidence"] < 1
+    assert found["dense_because"] == ("low confidence" if found["confidence"] < found["lowest_confidence"] else None)
+    assert workbench(*asked, "--no-guard", "--json").json["dense_because"] is None
+    safe = workbench(*asked, "--fail-safe", "--json").json
+    if found["dense_because"] is None and abs(found["drift"]) > found["drift_band"]:
+        assert safe["dense_because"] == "unlike the calibration text"
+    else:
+        assert safe["dense_because"] == found["dense_because"]
+
+
+def test_a_predictor_is_retuned_from_logged_counts(workbench: Command, masked: Path, tmp_path: Path) -> None:
+    log, out = tmp_path / "log.json", tmp_path / "retuned"
+    asked = ("generate", masked, "--engine", "reference", "--sparsity", "0.3", "--no-guard", "--log", log)
+    assert workbench(*asked, "Hello", "--new-tokens", "64").code == 0
+    refused = workbench("retune", masked, "--log", log, "--out", out)
+    assert refused.code == 2
+    assert "too few" in refused.line
+    before, kept = files(masked), json.loads(log.read_text())["sums"]["decisions"]
+    for word in ("Why", "What", "Who", "Where", "When"):
+        assert workbench(*asked, word, "--new-tokens", "80").code == 0
+    done = workbench("retune", masked, "--log", log, "--out", out, "--json").json
+    assert done["tokens"] >= 256 > kept
+    assert files(masked) == before
+    found = {m: workbench("generate", m, *ASKED, *asked[2:7]).json for m in (masked, out)}
+    assert found[out]["expected_sparsity"] == pytest.approx(found[masked]["expected_sparsity"], abs=0.02)
+    assert found[out]["effective_sparsity"] != found[masked]["effective_sparsity"]
+    assert "another model" in workbench("retune", out, "--log", log, "--out", tmp_path / "more").line
+
+
+def test_a_predicted_sparsity_that_cannot_be_is_refused(workbench: Command, masked: Path, sparse: Path) -> None:
+    for model, arguments, message in (
+        (masked, ("--sparsity", "0.9"), "is not possible here"),
+        (masked, ("--sparsity", "-0.1"), "from 0 to below 1"),
+        (masked, ("--sparsity", "0.3", "--scope", "every"), "every:8"),
+        (masked, ("--sparsity", "0.3", "--scope", "every:0"), "allowed are token"),
+        (masked, ("--scope", "reply"), "only with --sparsity"),
+        (masked, ("--important",), "only with --sparsity"),
+        (sparse, ("--sparsity", "0.3", "--important"), "'predicted-sparsity'"),
+        (sparse, ("--sparsity", "0.3", "--scope", "reply"), "'predicted-sparsity'"),
+    ):
+        refused = workbench("generate", model, *ASKED, "--engine", "reference", *arguments)
         assert refused.code != 0
         assert message in refused.line
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from workbench.apply.calibration import calibration_windows, check_finite
 from workbench.apply.draft import Draft
 from workbench.apply.mask_examples import Examples, Span, collect, joined
 from workbench.apply.mask_net import MaskNet, NetSpec, per_layer_spec, unified_spec
+from workbench.apply.mask_statistics import statistics_of
 from workbench.apply.mask_training import regress
 from workbench.apply.mask_tuning import tune
 from workbench.apply.parts import Parts
@@ -78,6 +79,7 @@ class PredictedSparsityMethod:
         predictor = stored(
             model, net, scale, windows[_HELD_OUT - 1 :: _HELD_OUT], span, facts_of(config), examples, job
         )
+        predictor = replace(predictor, statistics=statistics_of(model, net, predictor, examples, windows, parts, job))
         return FittedMasks(predictor, found["errors"].tolist(), losses, text)
 
     def apply(self, draft: Draft, config: PredictedSparsityConfig, fitted: FittedMasks, *, job: Job) -> None:

@@ -55,6 +55,7 @@ class PredictedSparsityConfig(MethodConfig):
 
     method: Literal["predicted-sparsity"] = "predicted-sparsity"
     stage: ClassVar[Stage] = "sparsity"
+    version: ClassVar[int] = 2
     criterion: Criterion = "plainact"
     predictor: Literal["unified", "per-layer"] = "unified"
     tap: Literal["attention_output", "residual"] = "residual"

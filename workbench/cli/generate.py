@@ -9,12 +9,12 @@ import typer
 
 from workbench.cli import console
 from workbench.cli.options import EngineName, Json, Threads, require_compressed
+from workbench.cli.sparse import Sparse, open_sparse
 from workbench.errors import InputError
 from workbench.files import check_output_file
 
 if TYPE_CHECKING:
     from workbench.formats.compressed import CompressedModel
-    from workbench.formats.input_cuts import InputCuts
     from workbench.formats.selectors import Selectors
     from workbench.progress import Job
     from workbench.runtime.base import Engine
@@ -49,14 +49,40 @@ def generate(
     ] = None,
     fail_safe: Annotated[
         bool,
-        typer.Option("--fail-safe", help="With --target: read at the widest once text is unlike the calibration text."),
+        typer.Option(
+            "--fail-safe",
+            help="Once text is unlike the calibration text, with --target: read at the widest; with --sparsity, where "
+            "it is predicted: run dense.",
+        ),
     ] = False,
+    important: Annotated[
+        bool, typer.Option("--important", help="With --sparsity, where it is predicted: run this request dense.")
+    ] = False,
+    guard: Annotated[
+        bool | None,
+        typer.Option(
+            help="With --sparsity, where it is predicted: run dense what the predictor is unsure of; done unless "
+            "--no-guard.",
+            show_default=False,
+        ),
+    ] = None,
     log: Annotated[
-        Path | None, typer.Option(help="With --target: add counts of what was chosen, and no text, to this file.")
+        Path | None,
+        typer.Option(
+            help="With --target, or --sparsity where it is predicted: add counts of what was chosen, and no text, to "
+            "this file."
+        ),
     ] = None,
     sparsity: Annotated[
         float | None,
-        typer.Option(help="Share of the weights not to use, by leaving small inputs out: models with input sparsity."),
+        typer.Option(help="Share of the weights not to use: models with input sparsity or predicted sparsity."),
+    ] = None,
+    scope: Annotated[
+        str | None,
+        typer.Option(
+            help="With --sparsity, where it is predicted: choose heads and neurons at every 'token', 'every:8' tokens, "
+            "or once per 'reply'; as the predictor was trained if not given."
+        ),
     ] = None,
     engine: EngineName = "auto",
     threads: Threads = None,
@@ -75,13 +101,19 @@ def generate(
     if sparsity is not None and (width is not None or target is not None):
         raise InputError("--sparsity goes with neither --width nor --target: a model decides on widths or on sparsity.")
     if target is None:
-        _require_target({"--hold" if hold else "--no-hold": hold is not None, "--fail-safe": fail_safe, "--log": log})
+        alone = sparsity is None  # these two go with a sparsity as well
+        asked = {"--hold" if hold else "--no-hold": hold is not None}
+        asked |= {"--fail-safe": fail_safe and alone, "--log": log is not None and alone}
+        _require(asked, "--target", "the average bits to read at")
+    if sparsity is None:
+        asked = {"--scope": scope is not None, "--important": important, "--guard": guard is not None}
+        _require(asked, "--sparsity", "the share of the weights not to use")
     watched: Held | None = None
-    expected: float | None = None
+    sparse: Sparse | None = None
     with console.running(quiet=True) as job:
         if sparsity is not None:
-            opened, expected = _at_sparsity(model, sparsity, engine, threads, job)
-            sequence = opened.start(seed=seed)
+            sparse = open_sparse(model, sparsity, scope, engine, threads, job, important, guard, fail_safe, log)
+            opened = sparse.engine
         elif target is None:
             opened = _at_width(model, width, engine, threads, job)
             sequence = opened.start(seed=seed)
@@ -93,23 +125,20 @@ def generate(
             watched = _held(opened, sequence, compressed, target, hold is not False, fail_safe, counted)
         loaded = opened.model
         ids = loaded.encode(prompt) if raw else loaded.encode_chat(prompt)
-        reply = opened.generate(
-            sequence,
-            ids,
-            new_tokens,
-            sampler=sampler,
-            stop_tokens=loaded.stop_tokens,
-            job=job,
-            on_token=watched,
-            between=watched.look if watched is not None else None,
-        )
+        options: dict[str, Any] = {"sampler": sampler, "stop_tokens": loaded.stop_tokens, "job": job}
+        if sparse is not None:
+            sequence, reply = sparse.reply(ids, new_tokens, seed=seed, **options)
+            if sparse.log is not None and log is not None:
+                sparse.log.save(log)
+        else:
+            between = watched.look if watched is not None else None
+            reply = opened.generate(sequence, ids, new_tokens, on_token=watched, between=between, **options)
         if watched is not None:
             watched.finish()
             if watched.log is not None and log is not None:
                 watched.log.save(log)
     steps = [step.seconds for step in sequence.trace[len(ids) :]]
     per_token = 1000 * sum(steps) / len(steps) if steps else None
-    effective = 1 - sum(step.kept_weights for step in sequence.trace) / len(sequence.trace)
     if as_json:
         facts: dict[str, Any] = {
             "model": loaded.name,
@@ -127,10 +156,8 @@ def generate(
             facts["realised_bits"] = watched.controller.realised
             facts["warning"] = watched.controller.warning
             facts["units_unlike"] = list(watched.controller.watch.outside)
-        if sparsity is not None:
-            facts["sparsity"] = sparsity
-            facts["expected_sparsity"] = expected
-            facts["effective_sparsity"] = effective
+        if sparse is not None:
+            facts |= sparse.facts(sequence.trace, len(ids))
         console.show_json(facts)
         return
     console.say(loaded.decode(reply))
@@ -143,49 +170,57 @@ def generate(
         console.tell(f"Read at {read:.3f} bits on average, prompt included; asked for {target:g}.")
         if warning:
             console.tell(warning)
-    if expected is not None:
-        console.tell(
-            f"{effective:.1%} of the blocks' weights were not used, prompt included; {expected:.1%} expected from the "
-            "calibration text."
-        )
+    if sparse is not None:
+        for line in sparse.said(sequence.trace, len(ids)):
+            console.tell(line)
 
 
 def retune(
-    model: Annotated[str, typer.Argument(metavar="DIR", help="A compressed model with dynamic precision.")],
+    model: Annotated[str, typer.Argument(metavar="DIR", help="A model with dynamic precision or predicted sparsity.")],
     log: Annotated[Path, typer.Option(help="What 'generate --log' counted.")],
     out: Annotated[Path, typer.Option(help="Folder for the retuned model; the other one is left as it is.")],
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a compressed model that is there.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Fit the thresholds of dynamic precision to text as it is, from logged counts; weights stay the same."""
+    """Fit the thresholds of dynamic precision or predicted sparsity to text as it is, from logged counts.
+
+    Weights and predictors stay the same.
+    """
     from dataclasses import replace
 
+    from workbench.formats.compressed import CompressedModel
     from workbench.formats.folder import check_output_folder
-    from workbench.runtime.precision_log import PrecisionLog, retuned
+    from workbench.runtime import mask_log, precision_log
 
     require_compressed(model, "retune reads")
     _keep_apart(Path(model), log, out)
     folder = check_output_folder(out, overwrite=overwrite)
-    compressed, selectors = _with_selectors(model, "retune reads")
-    counted = PrecisionLog.load(log, compressed.sha256, selectors)
-    made = replace(compressed, selectors=retuned(selectors, counted), folder=None, recorded_sha256=None)
+    compressed = CompressedModel.load(model)
+    if (predictor := compressed.mask_predictor) is not None:
+        masks = mask_log.MaskLog.load(log, compressed.sha256, predictor)
+        tokens = masks.decisions
+        made = replace(compressed, mask_predictor=mask_log.retuned(predictor, masks))
+    else:
+        compressed, selectors = _with_selectors(model, "retune reads")
+        counted = precision_log.PrecisionLog.load(log, compressed.sha256, selectors)
+        tokens = counted.tokens
+        made = replace(compressed, selectors=precision_log.retuned(selectors, counted))
+    made = replace(made, folder=None, recorded_sha256=None)
     made.save(folder, overwrite=overwrite)
     if as_json:
         console.show_json(
-            {"out": str(folder), "sha256": made.sha256, "retuned_from": compressed.sha256, "tokens": counted.tokens}
+            {"out": str(folder), "sha256": made.sha256, "retuned_from": compressed.sha256, "tokens": tokens}
         )
         return
-    console.say(f"Retuned on {counted.tokens:,} tokens: {folder}. Measure it before it replaces the other.")
+    console.say(f"Retuned on {tokens:,} tokens: {folder}. Measure it before it replaces the other.")
 
 
-def _require_target(given: dict[str, Any]) -> None:
-    """Refuse options that change nothing without a target."""
+def _require(given: dict[str, bool], option: str, what: str) -> None:
+    """Refuse options that change nothing without another."""
     named = [name for name, value in given.items() if value]
     if named:
         verb = "means" if len(named) == 1 else "mean"
-        raise InputError(
-            f"{' and '.join(named)} {verb} something only with --target: give the average bits to read at."
-        )
+        raise InputError(f"{' and '.join(named)} {verb} something only with {option}: give {what}.")
 
 
 def _keep_apart(model: Path, log: Path, out: Path) -> None:
@@ -231,30 +266,6 @@ def _at_target(
 
     plan = precision_plan(compressed.architecture, selectors, target)
     return open_engine(compressed, engine=engine, plan=plan, threads=threads, job=job)
-
-
-def _with_cuts(model: str) -> tuple[CompressedModel, InputCuts]:
-    from workbench.formats.compressed import CompressedModel
-
-    require_compressed(model, "--sparsity reads")
-    compressed = CompressedModel.load(model)
-    if compressed.input_cuts is None:
-        raise InputError(
-            f"{model} cannot leave inputs out: compress with the method 'input-sparsity' after the others."
-        )
-    return compressed, compressed.input_cuts
-
-
-def _at_sparsity(model: str, sparsity: float, engine: str, threads: int | None, job: Job) -> tuple[Engine, float]:
-    """Open an engine that leaves small inputs out, and say what share of the weights calibration text leaves out."""
-    from workbench.runtime import open_engine
-    from workbench.runtime.input_sparsity import expected_sparsity, input_plan, input_thresholds
-
-    compressed, cuts = _with_cuts(model)
-    plan = input_plan(compressed.architecture, cuts, sparsity)
-    thresholds = input_thresholds(compressed.architecture, cuts, sparsity)
-    expected = expected_sparsity(compressed.architecture, cuts, thresholds)
-    return open_engine(compressed, engine=engine, plan=plan, threads=threads, job=job), expected
 
 
 def _held(

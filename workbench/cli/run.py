@@ -116,6 +116,8 @@ def _choice(compressed: CompressedModel) -> str:
     """What ``generate`` is told of a model that decides while running: the middle of the widths, a usual sparsity."""
     if compressed.input_cuts is not None:
         return f" --sparsity {min(0.4, compressed.input_cuts.highest):.2g}"
+    if compressed.mask_predictor is not None:
+        return " --sparsity 0.3"
     if compressed.selectors is None:
         return ""
     from workbench.runtime.precision import target_range

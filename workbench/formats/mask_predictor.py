@@ -14,6 +14,7 @@ from typing import Any, Literal, Self
 import numpy as np
 
 from workbench.errors import IntegrityError
+from workbench.formats.mask_statistics import MaskStatistics
 from workbench.models.base import Architecture
 
 PREFIX = "mask_predictor."
@@ -73,10 +74,18 @@ class MaskPart:
 
     def scores(self, taps: np.ndarray) -> np.ndarray:
         """Predicted scores float32 (n, units) of taps (n, width)."""
+        return self.scores_of(self.hidden_of(taps))
+
+    def hidden_of(self, taps: np.ndarray) -> np.ndarray:
+        """Hidden activations float32 (n, H) of taps (n, width)."""
         taps = taps.astype(np.float32)
         taps = taps / np.sqrt(np.square(taps).mean(axis=1, keepdims=True) + np.float32(_EPS))
         inner = (taps @ self.hidden.T.astype(np.float32)) * self.hidden_steps + self.hidden_bias
-        return self.mean + (np.maximum(inner, 0) @ self.rows.T.astype(np.float32)) * self.row_steps
+        return np.maximum(inner, np.float32(0))
+
+    def scores_of(self, hidden: np.ndarray) -> np.ndarray:
+        """Predicted scores float32 (n, units) of hidden activations (n, H)."""
+        return self.mean + (hidden @ self.rows.T.astype(np.float32)) * self.row_steps
 
 
 @dataclass(frozen=True)
@@ -93,6 +102,7 @@ class MaskPredictor:
         scale: float32 (G,): predicted scores times this can be compared between groups.
         quantiles: float32 (G, K) of predicted scores over units and tokens of held-out text, at (k + 1/2) / K.
         aggregates: by criterion float32 (N,), mean scores over calibration text, for masks without a predictor.
+        statistics: of the text it was made on; None of models made before they were kept.
     """
 
     facts: Mapping[str, Any]
@@ -101,6 +111,7 @@ class MaskPredictor:
     scale: np.ndarray
     quantiles: np.ndarray
     aggregates: Mapping[str, np.ndarray]
+    statistics: MaskStatistics | None = None
 
     @property
     def bytes(self) -> int:
@@ -116,6 +127,7 @@ class MaskPredictor:
         for index, part in enumerate(self.parts):
             found |= {f"{name}.{index}": getattr(part, name) for name in _ARRAYS}
         found |= {f"aggregates.{name}": array for name, array in self.aggregates.items()}
+        found |= self.statistics.arrays() if self.statistics is not None else {}
         return {PREFIX + name: array for name, array in found.items()}
 
     @property
@@ -145,11 +157,13 @@ class MaskPredictor:
         parts = tuple(_part(left, index, place, groups, architecture) for index, place in enumerate(places))
         names = [name for name in left if name.startswith("aggregates.")]
         aggregates = {name.removeprefix("aggregates."): _array(left, name, np.float32, (units,)) for name in names}
+        sizes = [(part.hidden.shape[1], part.hidden.shape[0]) for part in parts]
+        statistics = MaskStatistics.taken_from(left, len(groups), sizes)
         if left:
             raise IntegrityError(
                 f"The mask predictor has an unknown part '{sorted(left)[0]}': compress the model again."
             )
-        return cls(facts, first_block, parts, scale, quantiles, aggregates)
+        return cls(facts, first_block, parts, scale, quantiles, aggregates, statistics)
 
 
 _ARRAYS = ("hidden", "hidden_steps", "hidden_bias", "rows", "row_steps", "mean")

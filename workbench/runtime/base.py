@@ -152,8 +152,11 @@ class Engine(Protocol):
         """Change thresholds, widths or masks without touching the weights."""
         ...
 
-    def set_tap(self, callback: TapCallback | None) -> None:
-        """Call ``callback`` with every linear's input and every block's residual, or stop doing so."""
+    def set_tap(self, callback: TapCallback | None, *, numpy: bool = False) -> None:
+        """Call ``callback`` with every linear's input and every block's residual, or stop doing so.
+
+        Rows are torch tensors, with ``numpy`` numpy arrays, for which no engine imports torch.
+        """
         ...
 
     def close(self) -> None:

@@ -129,6 +129,7 @@ class CpuEngine(Guarded):
         self._slots = [(d.slot, d.program.size) for d in self.plan.deciders]
         self._policy = Policy()
         self._tap: TapCallback | None = None
+        self._numpy = False
         self._fused = {"q": "qkv", "k": None, "v": None, "gate": "gate_up", "up": None}
         self._linear_ids = {linear.id for linear in architecture.linears}
 
@@ -293,9 +294,9 @@ class CpuEngine(Guarded):
             if planned:
                 self._core.set_thresholds(slot, list(policy.thresholds.get(decider.slot, planned)))
 
-    def set_tap(self, callback: TapCallback | None) -> None:
+    def set_tap(self, callback: TapCallback | None, *, numpy: bool = False) -> None:
         """Call ``callback(site, first position, rows)`` for each linear's input and each block's residual."""
-        self._tap = callback
+        self._tap, self._numpy = callback, numpy
         self._core.set_tap(callback is not None)
 
     def close(self) -> None:
@@ -317,8 +318,6 @@ class CpuEngine(Guarded):
         return result
 
     def _hand_over(self, tap: TapCallback) -> None:
-        import torch
-
         for site, position, rows in self._core.take_taps():
             if site not in self._linear_ids and site.count(".") == 2:  # the parts of a fused linear see one input
                 owner, _, role = site.rpartition(".")
@@ -326,6 +325,11 @@ class CpuEngine(Guarded):
                 if fused is None:
                     continue
                 site = f"{owner}.{fused}"
+            if self._numpy:
+                tap(site, position, rows)
+                continue
+            import torch
+
             tap(site, position, torch.from_numpy(rows))
 
     def _chunks(self, n: int, prompt_length: int, size: int) -> Iterator[tuple[int, int]]:

@@ -75,6 +75,14 @@ def expected_shares(predictor: MaskPredictor, thresholds: np.ndarray) -> np.ndar
     return np.array([1 - float(share_above(kept, np.asarray(cut))) for kept, cut in pairs])
 
 
+def expected_left_out(architecture: Architecture, predictor: MaskPredictor, thresholds: np.ndarray) -> float:
+    """Share of the weights of all blocks, keys and values included, that thresholds (groups,) leave out of held-out
+    text: what ``StepTrace.kept_weights`` comes to. Floors are not counted."""
+    groups = predictor_groups(architecture, predictor)
+    weights = np.array([group.size * group.weights for group in groups], dtype=np.float64)
+    return float(weights @ expected_shares(predictor, thresholds)) / sum(unit.n_weights for unit in architecture.units)
+
+
 def mask_of_scores(
     architecture: Architecture,
     groups: Sequence[MaskGroup],

@@ -94,14 +94,14 @@ def mask_plan(
         thresholds = mask_thresholds(
             architecture, predictor, sparsity, allocation=allocation, heads=heads, protected=protected
         )
-        scope = _scope(predictor) if scope is None else scope
+        scope = scope_of_predictor(predictor) if scope is None else scope
         floors = floors_of(predictor_groups(architecture, predictor), allocation_of(predictor, allocation))
         programs: list[Any] = [
             _program(architecture, predictor, part, thresholds, floors, 0 if scope.kind == "reply" else prefix)
             for part in parts
         ]
     else:
-        by_reply = (_scope(predictor) if scope is None else scope).kind == "reply"
+        by_reply = (scope_of_predictor(predictor) if scope is None else scope).kind == "reply"
         scope = Scope("reply") if by_reply else Scope("token")
         if kind == "oracle":
             mask = np.ones(sum(group.size for group in predictor_groups(architecture, predictor)), dtype=np.float32)
@@ -218,7 +218,8 @@ def oracle_decisions(
     return found
 
 
-def _scope(predictor: MaskPredictor) -> Scope:
+def scope_of_predictor(predictor: MaskPredictor) -> Scope:
+    """When it was trained to decide."""
     return Scope(predictor.facts["scope"], int(predictor.facts["n"]))
 
 

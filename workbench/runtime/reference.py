@@ -217,9 +217,11 @@ class ReferenceEngine(Guarded):
         """The weight (out, in) that a width consumer of this plan reads at a width."""
         return self._widths[linear_id, bits]
 
-    def set_tap(self, callback: TapCallback | None) -> None:
+    def set_tap(self, callback: TapCallback | None, *, numpy: bool = False) -> None:
         """Call ``callback(site, first position, rows)`` for each linear's input and each block's residual."""
         self._tap = callback
+        if callback is not None and numpy:
+            self._tap = lambda site, first, rows: callback(site, first, rows.float().cpu().numpy())
         self._install()
 
     def close(self) -> None:

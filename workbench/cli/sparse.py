@@ -1,0 +1,230 @@
+"""What ``generate --sparsity`` opens: a model that leaves inputs out, or heads and neurons by prediction."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from workbench.cli.options import require_compressed
+from workbench.errors import InputError
+from workbench.files import check_output_file
+
+if TYPE_CHECKING:
+    from workbench.formats.mask_predictor import MaskPredictor
+    from workbench.progress import Job
+    from workbench.runtime.base import Engine, StepTrace
+    from workbench.runtime.mask_log import MaskLog
+    from workbench.runtime.mask_safety import MaskWatch, Verdict
+    from workbench.runtime.plan import Scope
+
+_SCOPES = "token, every:N (N tokens from one decision to the next, such as every:8) or reply"
+
+
+@dataclass
+class Sparse:
+    """An engine that leaves weights out.
+
+    Attributes:
+        engine: opened under the plan.
+        asked: the sparsity that was asked for.
+        expected: share of the blocks' weights that held-out text leaves out, first tokens apart.
+        predictor: what chooses heads and neurons; None where small inputs are left out.
+        scope: when it chooses; None likewise.
+        watch: judges prompts; None where small inputs are left out, or where the model keeps no statistics.
+        important: the request runs dense.
+        guard: it does where the predictor is unsure.
+        fail_safe: it does too where it is unlike the calibration text.
+        log: what requests are counted in.
+        verdict: of the prompt, once it is read.
+    """
+
+    engine: Engine
+    asked: float
+    expected: float
+    predictor: MaskPredictor | None = None
+    scope: Scope | None = None
+    watch: MaskWatch | None = None
+    important: bool = False
+    guard: bool = True
+    fail_safe: bool = False
+    log: MaskLog | None = None
+    verdict: Verdict | None = None
+
+    def reply(self, ids: Sequence[int], new_tokens: int, **options: Any) -> tuple[Any, list[int]]:
+        """A sequence that read ``ids``, and what it replied; ``options`` as of ``guarded_reply``."""
+        from workbench.runtime.mask_safety import guarded_reply
+
+        options |= {"important": self.important, "guard": self.guard, "fail_safe": self.fail_safe}
+        sequence, reply, verdict = guarded_reply(self.engine, self.watch, ids, new_tokens, log=self.log, **options)
+        self.verdict = None if self.predictor is None else verdict
+        return sequence, reply
+
+    def facts(self, steps: Sequence[StepTrace], prompt: int) -> dict[str, Any]:
+        """What ``--json`` says, of all steps of a text whose first ``prompt`` were its prompt."""
+        found: dict[str, Any] = {"sparsity": self.asked, "expected_sparsity": self.expected}
+        found["effective_sparsity"] = self.left_out(steps, prompt)
+        if self.predictor is not None and self.scope is not None:
+            found["scope"] = f"every:{self.scope.n}" if self.scope.kind == "every" else self.scope.kind
+            found["prefix"] = self.prefix
+            found["deciding_share"] = deciding_share(steps[prompt:])
+        if self.verdict is not None:
+            found |= {"confidence": self.verdict.confidence, "lowest_confidence": self.verdict.lowest}
+            found |= {"drift": self.verdict.drift, "drift_band": self.verdict.band}
+            found["dense_because"] = self.verdict.dense_because or None
+        return found
+
+    def left_out(self, steps: Sequence[StepTrace], prompt: int) -> float | None:
+        """Share of the blocks' weights that was not used: inputs, prompt included; heads and neurons, by the reply.
+
+        None where the reply took no step: its first token follows from the prompt.
+        """
+        counted = steps if self.predictor is None else steps[prompt:]
+        return 1 - sum(step.kept_weights for step in counted) / len(counted) if counted else None
+
+    @property
+    def prefix(self) -> int:
+        """Tokens at the beginning of a text that stay whole; a decision for the reply has the prompt in its place."""
+        if self.predictor is None or self.scope is None or self.scope.kind == "reply":
+            return 0
+        return int(self.predictor.facts["prefix"])
+
+    def said(self, steps: Sequence[StepTrace], prompt: int) -> list[str]:
+        """The same in lines."""
+        lines = [self._used(steps, prompt)]
+        found = self.verdict
+        if found is None:
+            return lines
+        if found.unlike:
+            lines.append(
+                f"This prompt is unlike the calibration text: it lies {found.drift:.1f} standard errors off, where "
+                f"{found.band:.1f} either way are usual. Masks may be predicted as badly."
+            )
+        if found.unsure and not found.dense_because:
+            lines.append(
+                f"The predictor is unsure of this prompt: {found.confidence:.3f}, usual is {found.lowest:.3f} and more."
+            )
+        if found.dense_because:
+            sure = f" ({found.confidence:.3f}, usual is {found.lowest:.3f} and more)" if found.unsure else ""
+            lines.append(f"Ran dense: {found.dense_because}{sure}.")
+        if self.watch is None and not self.important:
+            lines.append("Nobody watched: the model was made before statistics were kept. Compress it again for that.")
+        return lines
+
+    def _used(self, steps: Sequence[StepTrace], prompt: int) -> str:
+        left_out = self.left_out(steps, prompt)
+        if self.predictor is None:
+            return (
+                f"{left_out or 0:.1%} of the blocks' weights were not used, prompt included; {self.expected:.1%} "
+                "expected from the calibration text."
+            )
+        if left_out is None:
+            return "The reply took no step of its own, so nothing was left out."
+        share = deciding_share(steps[prompt:])
+        time = "" if share is None else f"; choosing took {share:.1%} of its time (one run, no claim)"
+        whole = f" after its first {self.prefix} tokens, which stay whole" if self.prefix else ""
+        return (
+            f"{left_out:.1%} of the blocks' weights were not used by the reply; {self.expected:.1%} expected from "
+            f"held-out text{whole}{time}."
+        )
+
+
+def deciding_share(steps: Sequence[StepTrace]) -> float | None:
+    """Share of the steps' time that deciders took; None where the engine does not time its parts."""
+    timed = [step for step in steps if "deciders" in step.parts]
+    total = sum(sum(step.parts.values()) for step in timed)
+    return sum(step.parts["deciders"] for step in timed) / total if total > 0 else None
+
+
+def open_log(path: Path, model: str, predictor: MaskPredictor) -> MaskLog:
+    """The log at a path, or an empty one where there is none yet."""
+    from workbench.runtime.mask_log import MaskLog
+
+    check_output_file(path)
+    return MaskLog.load(path, model, predictor) if path.exists() else MaskLog.empty(model, predictor)
+
+
+def scope_of(text: str) -> Scope:
+    """A scope as it is given on the command line.
+
+    Raises:
+        InputError: no such scope.
+    """
+    from workbench.runtime.plan import Scope
+
+    if text == "token":
+        return Scope("token")
+    if text == "reply":
+        return Scope("reply")
+    kind, _, n = text.partition(":")
+    if kind == "every" and n.isascii() and n.isdigit() and int(n) > 0:
+        return Scope("every", int(n))
+    raise InputError(f"Unknown scope '{text}'; allowed are {_SCOPES}.")
+
+
+def open_sparse(
+    model: str,
+    sparsity: float,
+    scope: str | None,
+    engine: str,
+    threads: int | None,
+    job: Job,
+    important: bool = False,
+    guard: bool | None = None,
+    fail_safe: bool = False,
+    log: Path | None = None,
+) -> Sparse:
+    """Open a compressed model that leaves a share of its weights out.
+
+    Raises:
+        InputError: a model that cannot, a scope that is none or that nothing decides at.
+        EngineError: a sparsity that is not possible.
+    """
+    from workbench.formats.compressed import CompressedModel
+    from workbench.runtime import open_engine
+
+    require_compressed(model, "--sparsity reads")
+    wanted = None if scope is None else scope_of(scope)
+    compressed = CompressedModel.load(model)
+    architecture = compressed.architecture
+    if compressed.mask_predictor is not None:
+        from workbench.runtime.mask_shares import expected_left_out, mask_thresholds
+        from workbench.runtime.masks import mask_plan, scope_of_predictor
+
+        predictor = compressed.mask_predictor
+        chosen = scope_of_predictor(predictor) if wanted is None else wanted
+        plan = mask_plan(architecture, predictor, sparsity, scope=chosen)
+        expected = expected_left_out(architecture, predictor, mask_thresholds(architecture, predictor, sparsity))
+        watch = None
+        if predictor.statistics is not None or fail_safe or log is not None:
+            from workbench.runtime.mask_safety import MaskWatch
+
+            watch = MaskWatch(architecture, predictor, sparsity)
+        counted = None if log is None else open_log(log, compressed.sha256, predictor)
+        opened = open_engine(compressed, engine=engine, plan=plan, threads=threads, job=job)
+        return Sparse(
+            opened, sparsity, expected, predictor, chosen, watch, important, guard is not False, fail_safe, counted
+        )
+    if compressed.input_cuts is None:
+        raise InputError(
+            f"{model} cannot leave weights out: compress with the method 'input-sparsity' or 'predicted-sparsity' "
+            "after the others."
+        )
+    named = {
+        "--scope": scope is not None,
+        "--important": important,
+        "--guard": guard is not None,
+        "--fail-safe": fail_safe,
+    }
+    for name in (name for name, given in named.items() if given):
+        raise InputError(
+            f"{name} means nothing to {model}, which looks at the inputs of every token: it is for models with the "
+            "method 'predicted-sparsity'."
+        )
+    from workbench.runtime.input_sparsity import expected_sparsity, input_plan, input_thresholds
+
+    cuts = compressed.input_cuts
+    plan = input_plan(architecture, cuts, sparsity)
+    expected = expected_sparsity(architecture, cuts, input_thresholds(architecture, cuts, sparsity))
+    return Sparse(open_engine(compressed, engine=engine, plan=plan, threads=threads, job=job), sparsity, expected)
