@@ -23,7 +23,7 @@ from workbench.models import load
 from workbench.models.base import LoadedModel
 
 TEXTS = ("prose", "pydoc")
-_WINDOWS, _QUICK_WINDOWS = (40, 256), (40, 128)  # how many, and their tokens, those of the prefix included
+_WINDOWS, _QUICK_WINDOWS = (40, 256), (40, 96)  # how many, and their tokens, those of the prefix included
 _SPEED, _QUICK_SPEED = (3, 128), (1, 32)  # prompts read by each, and tokens decoded a round
 _RIVALS = ("random", "static", "per-layer")  # of "unified"
 
@@ -59,7 +59,8 @@ def sparsity(context: BenchContext) -> Rows:
     mean scores over calibration text (``static``, ``magnitude``), by true scores (``oracle``, which no causal choice
     can know), by a predictor in every block (``per-layer``) or one for all (``unified``, ShadowLLM); inputs left out by
     size (``teal``) and by size times norm of the column (``wina``). ``criterion`` is what they go by, ``scope`` how
-    often is decided. Where not quick, also static masks by all criteria, and rarer decisions, at one sparsity.
+    often is decided. Where not quick, also static masks by all criteria, and rarer decisions, at one sparsity;
+    quick, 4-bit weights are masked at one sparsity alone.
 
     ``sparsity`` is asked for: of the weights of heads and neurons (keys and values apart) by masks, of all weights by
     inputs. ``effective_sparsity`` is the share of all weights of the blocks' linears that steps did not use;

@@ -21,6 +21,7 @@ WEIGHT_BITS = (16, 4)
 SPARSITIES: tuple[float, ...] = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7)
 QUICK_SPARSITIES: tuple[float, ...] = (0.3, 0.4, 0.5)
 ONE_SPARSITY = 0.5  # of what is shown at one sparsity alone: criteria, scopes, the speed of a fixed mask
+QUICK_MASKED: dict[int, tuple[float, ...]] = {16: QUICK_SPARSITIES, 4: (0.5,)}  # of masks where quick, by width
 QUICK_TIMED = {"inputs": 0.4, "masks": 0.5}  # sparsities whose speed is measured where quick
 FIXED = ("random", "static", "magnitude", "oracle")  # their masks are not predicted
 _GROUP_SIZE = 64
@@ -83,7 +84,8 @@ def contenders(model: LoadedModel, context: BenchContext) -> list[Contender]:
     for bits, models in _models(model, context).items():
         found.append(Contender("dense", bits, 0.0, models.whole, models.whole, variant="whole", timed=True))
         for sparsity in QUICK_SPARSITIES if context.quick else SPARSITIES:
-            found += _masks(bits, models, sparsity, context.quick)
+            if not context.quick or sparsity in QUICK_MASKED[bits]:
+                found += _masks(bits, models, sparsity, context.quick)
             found += _inputs(bits, models, sparsity, context.quick)
         if bits == WEIGHT_BITS[0] and not context.quick:
             found += _variants(bits, models)
