@@ -163,6 +163,22 @@ def test_refusals(fake: ModuleType) -> None:
         compare_quality(engine, fake.FakeEngine(fake.random_logits(0, 100), vocab_size=100), make_windows(1))
 
 
+@pytest.mark.parametrize("given_tokens", [2, 7, 130, 149])
+def test_predictions_of_given_tokens_do_not_count(fake: ModuleType, given_tokens: int) -> None:
+    dense, candidate = (fake.FakeEngine(fake.random_logits(seed)) for seed in (0, 1))
+    windows = make_windows(3, length=150)
+    found = compare_many(dense, [candidate], windows, given=given_tokens)[0]
+    for window, nll in zip(windows, found.windows["nll_candidate"], strict=True):
+        rows = np.concatenate([rows for _, rows in candidate.log_probabilities(window.tokens)])
+        at = np.arange(given_tokens - 1, 149)
+        assert nll == pytest.approx(-rows[at, np.array(window.tokens)[at + 1]].sum(), rel=1e-5)
+    assert found.n_tokens == 3 * (150 - given_tokens)
+    with pytest.raises(InputError, match="at least 151"):
+        compare_many(dense, [candidate], windows, given=150)
+    with pytest.raises(InputError, match="1 or more"):
+        compare_many(dense, [candidate], windows, given=0)
+
+
 def test_cancel_takes_effect_between_windows(fake: ModuleType) -> None:
     engine = fake.FakeEngine(fake.random_logits(0))
     job = Job(lambda state: job.cancel() if state.done == 2 else None)

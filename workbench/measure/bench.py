@@ -38,6 +38,8 @@ BENCHES = {
     "quantization": "Quantizers of weights at 3 and 4 bits, of activations too at 8 and 4: AWQ, GPTQ, Tender, and "
     "their rivals.",
     "recipes": "Uniform round-to-nearest at 2 to 8 bits, and solved mixes at the byte budgets of uniform 3 and 4.",
+    "sparsity": "What leaving weights out costs and gains: heads and neurons by masks, and small inputs, token by "
+    "token.",
 }
 
 

@@ -15,6 +15,7 @@ from workbench.formats.selectors import Selectors
 from workbench.measure.child import serve
 from workbench.measure.decoding import decode, lengthen, prefill_seconds
 from workbench.measure.latency_child import order_of_round
+from workbench.measure.sparse_plans import plan_key, sparse_plan, sparse_policy
 from workbench.progress import Job
 from workbench.runtime import open_engine
 from workbench.runtime.cpu import CpuEngine
@@ -120,8 +121,8 @@ def _open(sides: Sequence[dict[str, Any]], threads: int, context: int, job: Job)
     found: list[Side] = []
     for side in sides:
         # Plans of the rule ``gain`` differ in thresholds alone, those of ``error`` in their estimators.
-        rule = side.get("rule")
-        plan = (rule, side["target"] if rule == "error" else None)
+        rule, sparse = side.get("rule"), side.get("sparse")
+        plan = (rule, side["target"] if rule == "error" else None, sparse and plan_key(sparse))
         key = (side["engine"], side["source"], side["dtype"], plan)
         if side["engine"] == "llama.cpp":
             found.append(LlamaCppSide(side["source"], threads, context))
@@ -135,6 +136,9 @@ def _open(sides: Sequence[dict[str, Any]], threads: int, context: int, job: Job)
 
 
 def _engine(side: dict[str, Any], threads: int, stored: Callable[[str], CompressedModel]) -> Any:
+    if side.get("sparse") is not None:
+        model = stored(side["source"])
+        return CpuEngine(model, sparse_plan(model, side["sparse"]), threads=threads)
     if side.get("rule") is None and side["bits"] is None:
         return open_engine(side["source"], engine=side["engine"], threads=threads, dtype=side["dtype"])
     model = stored(side["source"])
@@ -146,6 +150,8 @@ def _engine(side: dict[str, Any], threads: int, stored: Callable[[str], Compress
 
 
 def _policy(side: dict[str, Any], stored: Callable[[str], CompressedModel]) -> Policy:
+    if side.get("sparse") is not None:
+        return sparse_policy(stored(side["source"]), side["sparse"])
     if "thresholds" in side:
         return Policy(thresholds={unit: tuple(cuts) for unit, cuts in side["thresholds"].items()})
     if side.get("rule") == "gain":

@@ -57,24 +57,28 @@ def compare_kept(
     about: Sequence[Any],
     text: TextRecord | None = None,
     decode: Callable[[Sequence[int]], str] | None = None,
+    given: int = 1,
     job: Job | None = None,
 ) -> list[QualityResult]:
     """``compare_many``, of those candidates that no earlier run has measured on these windows.
 
     Args:
         shelf: where results are kept; None measures all and keeps nothing.
-        dense, candidates, windows, text, decode, job: see ``compare_many``.
+        dense, candidates, windows, text, decode, given, job: see ``compare_many``.
         about: of each candidate, what its predictions depend on beside the bytes of its model, its engine and plan:
             policy, computation type, what is replayed. JSON values, arrays and dataclasses.
 
     Returns:
         As ``compare_many``; ``measured_at`` and ``facts`` say which are from earlier runs and what engines told.
     """
-    keys = [_provenance(dense, one, windows, text, told, decode) for one, told in zip(candidates, about, strict=True)]
+    pairs = zip(candidates, about, strict=True)
+    keys = [_provenance(dense, one, windows, text, told, decode, given) for one, told in pairs]
     known = [None if shelf is None else shelf.find(key) for key in keys]
     missing = [index for index, profile in enumerate(known) if profile is None]
     engines = [candidates[index] for index in missing]
-    fresh = compare_many(dense, engines, windows, text=text, decode=decode, job=job) if missing else []
+    fresh = []
+    if missing:
+        fresh = compare_many(dense, engines, windows, text=text, decode=decode, given=given, job=job)
     found = dict(zip(missing, fresh, strict=True))
     now = datetime.now(UTC).isoformat(timespec="seconds")
     for index, engine in zip(missing, engines, strict=True):
@@ -89,7 +93,13 @@ def compare_kept(
 
 
 def _provenance(
-    dense: Engine, candidate: Engine, windows: Sequence[Window], text: TextRecord | None, about: Any, decode: Any
+    dense: Engine,
+    candidate: Engine,
+    windows: Sequence[Window],
+    text: TextRecord | None,
+    about: Any,
+    decode: Any,
+    given: int,
 ) -> Provenance:
     model = dense.model
     versions = library_versions()
@@ -107,6 +117,7 @@ def _provenance(
             "candidate": _ran_by(candidate),
             "about": digest(about),
             "excerpts": decode is not None,
+            "given": given,
             "code": code_sha256(),
         },
         versions=versions,

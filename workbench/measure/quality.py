@@ -175,12 +175,18 @@ def compare_many(
     *,
     text: TextRecord | None = None,
     decode: Callable[[Sequence[int]], str] | None = None,
+    given: int = 1,
     seed: int = 0,
     job: Job | None = None,
 ) -> list[QualityResult]:
-    """Compare several candidates with one dense pass over the windows; otherwise as ``compare_quality``."""
+    """Compare several candidates with one dense pass over the windows; otherwise as ``compare_quality``.
+
+    ``given`` is how many tokens of each window are given: predictions of those do not count.
+    """
     if not windows:
         raise InputError("No windows to measure quality on: give a longer text or a smaller window length.")
+    if given < 1:
+        raise InputError(f"{given} tokens of a window cannot be given: the first always is, so give 1 or more.")
     for candidate in candidates:
         if dense.vocab_size != candidate.vocab_size:
             raise EngineError(
@@ -192,7 +198,7 @@ def compare_many(
     rows: list[list[dict[str, Any]]] = [[] for _ in candidates]
     divergences: list[list[np.ndarray]] = [[] for _ in candidates]
     for index, window in enumerate(windows):
-        found = _compare_window(dense, candidates, window, f"window {index} ({window.document})", job)
+        found = _compare_window(dense, candidates, window, f"window {index} ({window.document})", given, job)
         for side, tokens in enumerate(found):
             divergences[side].append(tokens.kl)
             rows[side].append(_window_row(index, window, tokens, decode))
@@ -257,15 +263,20 @@ def compare_candidates(a: QualityResult, b: QualityResult, *, seed: int = 0) -> 
 
 
 def _compare_window(
-    dense: Engine, candidates: Sequence[Engine], window: Window, name: str, job: Job
+    dense: Engine, candidates: Sequence[Engine], window: Window, name: str, given: int, job: Job
 ) -> list[TokenQuality]:
     """Compare every candidate on one window, a chunk of positions at a time."""
     tokens = np.asarray(window.tokens, dtype=np.int64)
-    if len(tokens) < 2:
-        raise InputError(f"The {name} has {len(tokens)} token: a window needs at least 2.")
+    if len(tokens) < given + 1:
+        many = "token" if len(tokens) == 1 else "tokens"
+        raise InputError(f"The {name} has {len(tokens)} {many}: a window needs at least {given + 1}.")
     pieces: list[list[TokenQuality]] = [[] for _ in candidates]
-    for first, (log_p, *others) in _lockstep([dense, *candidates], window.tokens, name):
+    for first, rows in _lockstep([dense, *candidates], window.tokens, name):
         job.check()
+        early = max(0, given - 1 - first)  # rows that predict what is given
+        if early >= len(rows[0]):
+            continue
+        first, (log_p, *others) = first + early, [row[early:] for row in rows]
         targets = tokens[first + 1 : first + 1 + len(log_p)]
         reference = DenseTokens(log_p[: len(targets)], targets)
         for side, log_q in enumerate(others):

@@ -108,7 +108,8 @@ def mask_of_scores(
     """
     free = _free(architecture, groups, protected)
     floors = floors_of(groups, allocation)
-    masks = [np.ones(group.size, dtype=bool) for group in groups]
+    starts = np.cumsum([0, *(group.size for group in groups)])
+    kept = np.ones(starts[-1], dtype=bool)
     for members, wanted in _pools(architecture, groups, free, sparsity, allocation, heads):
         values, weights, owner, inside = [], [], [], []
         for i in members:
@@ -132,9 +133,8 @@ def mask_of_scores(
         count = int(np.searchsorted(total, wanted * (1 + 1e-12), side="right"))
         if count < len(total) and total[count] - wanted < wanted - (total[count - 1] if count else 0):
             count += 1  # one more is nearer
-        for chosen in order[:count]:
-            masks[of[chosen]][which[chosen]] = False
-    return np.concatenate(masks)
+        kept[starts[of[order[:count]]] + which[order[:count]]] = False
+    return kept
 
 
 def mask_sparsity(architecture: Architecture, groups: Sequence[MaskGroup], kept: np.ndarray) -> np.ndarray:

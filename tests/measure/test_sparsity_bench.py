@@ -1,0 +1,233 @@
+"""The bench of contextual sparsity on a tiny model: who is there, and what the columns claim follows from others."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+import pytest
+import torch
+
+from workbench.apply.input_sparsity_config import InputSparsityConfig
+from workbench.apply.sparsity_config import Criterion
+from workbench.corpus import Window
+from workbench.measure.bench import BenchContext, run_bench
+from workbench.measure.benches import engine, sparsity, sparsity_methods, sparsity_quality
+from workbench.measure.sparse_plans import sparse_plan, sparse_policy
+from workbench.models import LoadedModel, load
+from workbench.runtime import open_engine
+from workbench.runtime.base import StepTrace
+
+METHODS = ("random", "static", "magnitude", "oracle", "per-layer", "unified", "teal", "wina")
+SPARSITIES = (0.1, 0.3)
+PREFIX = 16
+
+
+@pytest.fixture(scope="module")
+def patched() -> Any:
+    small = {"width": 16, "prefix": 8, "epochs": 3, "decisions_per_text": 24, "calibration_tokens": 1024}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sparsity, "_WINDOWS", (5, 48))
+        patch.setattr(sparsity, "_QUICK_WINDOWS", (4, 32))
+        patch.setattr(sparsity, "_SPEED", (1, 6))
+        patch.setattr(sparsity, "_QUICK_SPEED", (1, 6))
+        patch.setattr(sparsity_quality, "PREFIX", PREFIX)
+        patch.setattr(sparsity_methods, "SPARSITIES", (*SPARSITIES, 0.7))
+        patch.setattr(sparsity_methods, "QUICK_SPARSITIES", SPARSITIES)
+        patch.setattr(sparsity_methods, "QUICK_MASKED", {16: SPARSITIES, 4: (0.3,)})
+        patch.setattr(sparsity_methods, "ONE_SPARSITY", 0.3)
+        patch.setattr(sparsity_methods, "QUICK_TIMED", {"inputs": 0.3, "masks": 0.3})
+        patch.setattr(sparsity_methods, "_GROUP_SIZE", 48)
+        patch.setattr(sparsity_methods, "_EVERY", 4)
+        few = InputSparsityConfig(calibration_tokens=1024, allocation_tokens=256)
+        patch.setattr(sparsity_methods, "INPUTS", few)
+        patch.setattr(sparsity_methods, "QUICK_MASKS", sparsity_methods.QUICK_MASKS.model_copy(update=small))
+        full = sparsity_methods.MASKS.model_copy(update=small | {"tune_steps": 2})
+        patch.setattr(sparsity_methods, "MASKS", full)
+        patch.setattr(engine, "PAIRS_FOR_A_CLAIM", 2)
+        yield patch
+
+
+@pytest.fixture(scope="module")
+def rows(model_folder: Path, patched: Any) -> list[dict[str, Any]]:
+    return list(run_bench("sparsity", model=str(model_folder), threads=1)["rows"])
+
+
+@pytest.fixture(scope="module")
+def quick(model_folder: Path, patched: Any) -> list[dict[str, Any]]:
+    return list(run_bench("sparsity", model=str(model_folder), text="pydoc", threads=1, quick=True)["rows"])
+
+
+def chosen(rows: list[dict[str, Any]], method: str, sparsity: float, bits: int = 16) -> dict[str, Any]:
+    """The row of a method as it is by default, on the first text."""
+    return next(r for r in rows if (r["method"], r["sparsity"], r["weight_bits"]) == (method, sparsity, bits))
+
+
+def test_every_method_is_there_on_both_weights(rows: list[dict[str, Any]], quick: list[dict[str, Any]]) -> None:
+    for bits in (16, 4):
+        for found, asked in ((quick, SPARSITIES), (rows, (*SPARSITIES, 0.7))):
+            here = {(r["method"], r["sparsity"]) for r in found if r["weight_bits"] == bits}
+            masked = (0.3,) if found is quick and bits == 4 else asked
+            wanted = {(m, s) for m in METHODS for s in (asked if m in ("teal", "wina") else masked)}
+            assert here == {("dense", 0.0), *wanted}
+    assert {r["text"] for r in quick} == {"pydoc"}
+    assert {r["text"] for r in rows if not r["note"]} == {"prose", "pydoc"}
+    assert len(quick) == 1 + 8 * 2 + 1 + 2 * 2 + 6  # none twice
+
+
+def test_criteria_and_scopes_are_shown_at_one_sparsity(rows: list[dict[str, Any]]) -> None:
+    here = [r for r in rows if r["text"] == "prose" and r["weight_bits"] == 16 and r["sparsity"] == 0.3]
+    assert {r["criterion"] for r in here if r["method"] == "static"} == set(get_args(Criterion))
+    scopes = [r["scope"] for r in here if r["method"] == "unified"]
+    assert scopes == ["token", "every 4 tokens", "reply"]
+    perplexities = {r["perplexity"] for r in here if r["method"] == "unified"}
+    assert len(perplexities) == 3
+
+
+def test_only_what_is_predicted_after_the_prefix_counts(quick: list[dict[str, Any]]) -> None:
+    assert {r["n_tokens"] for r in quick} == {4 * (32 - PREFIX - 1)}
+
+
+def test_what_a_model_is_too_small_for_is_said(rows: list[dict[str, Any]]) -> None:
+    masks = [r for r in rows if r["sparsity"] == 0.7 and r["method"] not in ("teal", "wina")]
+    assert masks
+    assert all("not possible" in r["note"] and r["perplexity"] is None for r in masks)
+    assert all(r["note"] is None and r["perplexity"] > 0 for r in rows if r not in masks)
+
+
+def test_sparsity_is_what_steps_left_out(quick: list[dict[str, Any]]) -> None:
+    for entry in quick:
+        if entry["method"] == "dense":
+            assert entry["effective_sparsity"] == 0
+            continue
+        asked = entry["sparsity"]
+        # Masks leave keys and values whole: 2 of 21 parts of a block's weights here.
+        share = 1.0 if entry["method"] in ("teal", "wina") else 0.9
+        assert entry["effective_sparsity"] == pytest.approx(asked * share, abs=0.07), entry["method"]
+    for method in METHODS:
+        less, more = (chosen(quick, method, s)["kl_mean"] for s in SPARSITIES)
+        assert less < more
+
+
+def test_columns_follow_from_one_another(rows: list[dict[str, Any]], quick: list[dict[str, Any]]) -> None:
+    for entry in [r for r in quick if r["method"] != "dense"]:
+        whole = chosen(quick, "dense", 0.0, entry["weight_bits"])
+        assert entry["ratio_to_whole"] == pytest.approx(entry["perplexity"] / whole["perplexity"], rel=1e-6)
+        assert entry["ratio_to_whole_low"] <= entry["ratio_to_whole"] <= entry["ratio_to_whole_high"]
+        assert entry["ratio"] == pytest.approx(np.exp(entry["delta_nll"]), rel=1e-9)
+    for entry in [r for r in quick if r["method"] == "unified"]:
+        others = {
+            name: chosen(quick, name, entry["sparsity"], entry["weight_bits"])
+            for name in ("random", "static", "per-layer")
+        }
+        for name, other in others.items():
+            column = f"to_{name.replace('-', '_')}"
+            assert entry[column] == pytest.approx(entry["kl_mean"] - other["kl_mean"], abs=1e-9)
+            assert entry[f"{column}_low"] <= entry[column] <= entry[f"{column}_high"]
+        assert entry["rival"] == min(others, key=lambda name: others[name]["kl_mean"])
+        assert entry["to_rival"] == entry[f"to_{entry['rival'].replace('-', '_')}"]
+    oracle, random = (chosen(rows, name, 0.3)["kl_mean"] for name in ("oracle", "random"))
+    assert oracle < random
+
+
+def test_both_weights_keep_one_predictor(quick: list[dict[str, Any]]) -> None:
+    added = [
+        chosen(quick, "unified", 0.3, bits)["weight_bytes"] - chosen(quick, "dense", 0.0, bits)["weight_bytes"]
+        for bits in (16, 4)
+    ]
+    assert added[0] == added[1] > 0
+
+
+def test_speed_is_measured_against_the_same_weights_whole(quick: list[dict[str, Any]]) -> None:
+    for bits in (16, 4):
+        timed = {r["method"] for r in quick if r["weight_bits"] == bits and r["ms_per_token"] is not None}
+        assert timed == {"dense", "static", "per-layer", "unified", "teal", "wina"}
+        whole = chosen(quick, "dense", 0.0, bits)
+        assert whole["speed_ratio"] == 1.0
+        for method in timed - {"dense"}:
+            entry = chosen(quick, method, 0.3, bits)
+            assert entry["speed_low"] <= entry["speed_ratio"] <= entry["speed_high"]
+            assert 0 <= entry["decider_share"] < 1
+
+
+def test_masks_are_in_force_from_the_prefix_that_timing_asks_for(model_folder: Path, patched: Any) -> None:
+    context = BenchContext(str(model_folder), None, 1, quick=True)
+    listed = sparsity_methods.contenders(load(str(model_folder)), context)
+    prompt = list(range(40, 45))
+    for contender in [c for c in listed if c.timed and c.asked is not None]:
+        asked = {**contender.asked, "prefix": len(prompt)}  # type: ignore[dict-item]
+        running = open_engine(contender.tables, threads=1, plan=sparse_plan(contender.tables, asked))
+        running.set_policy(sparse_policy(contender.tables, asked))
+        sequence = running.start()
+        running.generate(sequence, prompt, 8)
+        kept = [step.kept_weights for step in sequence.trace]
+        whole = len(prompt) if contender.asked["kind"] != "inputs" else 1  # type: ignore[index]
+        assert min(kept[:whole]) > 0.99  # inputs of exactly zero are left out anywhere
+        assert np.mean(kept[len(prompt) :]) < 0.9, contender.method
+        running.close()
+
+
+def test_an_oracle_replays_the_masks_of_the_true_scores(model_folder: Path, patched: Any) -> None:
+    context = BenchContext(str(model_folder), None, 1, quick=True)
+    model: LoadedModel = load(str(model_folder))
+    listed = sparsity_methods.contenders(model, context)
+    oracle = next(c for c in listed if c.method == "oracle" and c.bits == 16 and c.sparsity == 0.3)
+    truth = sparsity_quality._Truth(model)
+    masks = sparsity_quality._masks(oracle, truth)
+    assert callable(masks)
+    tokens = torch.randint(0, 256, (40,), generator=torch.Generator().manual_seed(0)).tolist()
+    (slot,) = {name for step in masks(tokens) for name in step}
+    given = np.stack([step[slot] for step in masks(tokens)])
+    assert given[:PREFIX].all()
+    assert (given[PREFIX:].mean(axis=1) < 0.8).all()
+    assert len(np.unique(given[PREFIX:], axis=0)) > 1
+    other = masks(tokens[::-1])
+    assert any(not np.array_equal(a[slot], b[slot]) for a, b in zip(masks(tokens), other, strict=True))
+    opened: dict[Any, Any] = {}
+    running = sparsity_quality._engine(oracle, opened, context)
+    trace: list[StepTrace] = []
+    list(running.log_probabilities(tokens, replay=masks(tokens), trace=trace))
+    seen = np.stack([np.asarray(step.decisions[slot], dtype=np.uint8) for step in trace])
+    np.testing.assert_array_equal(seen, given)
+    running.close()
+
+
+def test_no_contender_but_the_oracle_sees_later_text(model_folder: Path, patched: Any) -> None:
+    context = BenchContext(str(model_folder), None, 1, quick=True)
+    model = load(str(model_folder))
+    listed = [c for c in sparsity_methods.contenders(model, context) if c.bits == 4 and c.sparsity in (0.0, 0.3)]
+    truth, opened = sparsity_quality._Truth(model), dict[Any, Any]()
+    generator = torch.Generator().manual_seed(1)
+    tokens = torch.randint(0, 256, (40,), generator=generator).tolist()
+    other = tokens[:30] + torch.randint(0, 256, (10,), generator=generator).tolist()
+    for contender in listed:
+        running = sparsity_quality._engine(contender, opened, context)
+        side = sparsity_quality.Sparse(contender, running, sparsity_quality._masks(contender, truth))
+        before, after = (np.concatenate([r for _, r in side.log_probabilities(text)])[:30] for text in (tokens, other))
+        assert np.array_equal(before, after) == (contender.method != "oracle"), contender.method
+    for running in opened.values():
+        running.close()
+
+
+def test_quality_is_kept_between_runs(model_folder: Path, patched: Any) -> None:
+    kept: dict[str, Any] = {}
+
+    class Memory:
+        def find(self, provenance: Any) -> Any:
+            return kept.get(provenance.key)
+
+        def keep(self, profile: Any) -> None:
+            kept[profile.provenance.key] = profile
+
+    context = BenchContext(str(model_folder), None, 1, quick=True, shelf=Memory())
+    model = load(str(model_folder))
+    listed = [c for c in sparsity_methods.contenders(model, context) if c.bits == 16]
+    windows = [Window(tuple(range(40 + i, 80 + i)), f"d{i}", "x", "en") for i in range(3)]
+    first = sparsity_quality.measure_quality(model, listed, windows, None, context)  # type: ignore[arg-type]
+    assert len(kept) == len(listed)  # no two of them were taken for one another
+    again = sparsity_quality.measure_quality(model, listed, windows, None, context)  # type: ignore[arg-type]
+    for one in listed:
+        assert again[one].measured_at is not None
+        assert again[one].facts == first[one].facts
+        assert again[one].kl_mean == first[one].kl_mean
