@@ -22,7 +22,7 @@ from workbench.apply.input_sparsity_config import InputSparsityConfig
 from workbench.apply.recipe import Recipe
 from workbench.apply.rtn import RtnConfig
 from workbench.apply.soft_masks import SoftMask
-from workbench.errors import Cancelled, EngineError, IntegrityError, RecipeError
+from workbench.errors import Cancelled, EngineError, InputError, IntegrityError, RecipeError
 from workbench.formats.compressed import CompressedModel
 from workbench.formats.input_cuts import InputCuts, share_below, threshold
 from workbench.formats.selectors import quantile_levels
@@ -287,7 +287,7 @@ def test_a_learnt_table_reaches_from_nothing_to_its_target(learnt: CompressedMod
     for sparsity in (0.0, 0.2, 0.5):
         found = expected_sparsity(arch, cuts, input_thresholds(arch, cuts, sparsity))
         assert found == pytest.approx(sparsity, abs=5e-3)
-    with pytest.raises(EngineError, match=r"0.6 is not possible.*0 to 0.5"):
+    with pytest.raises(InputError, match=r"0.6 is not possible.*0 to 0.5"):
         input_plan(arch, cuts, 0.6)
 
 
@@ -546,7 +546,7 @@ def test_later_text_changes_nothing_before_it(made: CompressedModel) -> None:
 def test_what_plans_refuse(made: CompressedModel) -> None:
     arch, cuts = made.architecture, cuts_of(made)
     for sparsity in (-0.1, 0.71, float("nan")):
-        with pytest.raises(EngineError, match=r"is not possible with this model: give 0 to 0\.7"):
+        with pytest.raises(InputError, match=r"is not possible with this model: give 0 to 0\.7"):
             input_plan(arch, cuts, sparsity)
     with pytest.raises(EngineError, match="cannot be kept whole"):
         input_plan(arch, cuts, 0.3, first=-1)
@@ -568,6 +568,10 @@ def test_what_plans_refuse(made: CompressedModel) -> None:
         (
             [{"method": "nested"}, {"method": "dynamic-precision"}, {"method": "input-sparsity"}],
             ["'dynamic-precision' and methods[2] 'input-sparsity'", "keep one"],
+        ),
+        (
+            [{"method": "rtn"}, {"method": "input-sparsity"}, {"method": "predicted-sparsity"}],
+            ["'input-sparsity' and methods[2] 'predicted-sparsity'", "keep one"],
         ),
         ([{"method": "tender"}, {"method": "input-sparsity"}], ["'tender' rounds them to integers", "such as 'rtn'"]),
         ([{"method": "bnb-int8"}, {"method": "input-sparsity"}], ["'bnb-int8' rounds"]),

@@ -203,6 +203,7 @@ def test_a_predicted_sparsity_that_cannot_be_is_refused(workbench: Command, mask
         (masked, ("--scope", "reply"), "only with --sparsity"),
         (masked, ("--important",), "only with --sparsity"),
         (sparse, ("--sparsity", "0.3", "--important"), "'predicted-sparsity'"),
+        (sparse, ("--sparsity", "0.3", "--log", "counts.json"), "'predicted-sparsity'"),
         (sparse, ("--sparsity", "0.3", "--scope", "reply"), "'predicted-sparsity'"),
     ):
         refused = workbench("generate", model, *ASKED, "--engine", "reference", *arguments)

@@ -187,6 +187,11 @@ class Recipe(Strict):
                 raise RecipeError(
                     f"Recipe: '{methods[i].method}' is there twice, as methods[{i}] and methods[{j}]: keep one of them."
                 )
+            if methods[i].stage == methods[j].stage == "sparsity":
+                raise RecipeError(
+                    f"Recipe: methods[{i}] '{methods[i].method}' and methods[{j}] '{methods[j].method}' both decide "
+                    "what is left out, and a model runs under one of them: keep one."
+                )
             if methods[i].stage != methods[j].stage:
                 raise RecipeError(
                     f"Recipe: methods[{i}] '{methods[i].method}' and methods[{j}] '{methods[j].method}' decide on "

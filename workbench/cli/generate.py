@@ -198,10 +198,16 @@ def retune(
     compressed = CompressedModel.load(model)
     if (predictor := compressed.mask_predictor) is not None:
         masks = mask_log.MaskLog.load(log, compressed.sha256, predictor)
-        tokens = masks.decisions
+        tokens, counted_as = masks.decisions, "decisions"
         made = replace(compressed, mask_predictor=mask_log.retuned(predictor, masks))
+    elif compressed.input_cuts is not None:
+        raise InputError(
+            f"{model} looks at the inputs of every token by thresholds of its calibration text, which nothing logs: "
+            "'retune' is for 'dynamic-precision' and 'predicted-sparsity'."
+        )
     else:
         compressed, selectors = _with_selectors(model, "retune reads")
+        counted_as = "tokens"
         counted = precision_log.PrecisionLog.load(log, compressed.sha256, selectors)
         tokens = counted.tokens
         made = replace(compressed, selectors=precision_log.retuned(selectors, counted))
@@ -212,7 +218,7 @@ def retune(
             {"out": str(folder), "sha256": made.sha256, "retuned_from": compressed.sha256, "tokens": tokens}
         )
         return
-    console.say(f"Retuned on {tokens:,} tokens: {folder}. Measure it before it replaces the other.")
+    console.say(f"Retuned on {tokens:,} {counted_as}: {folder}. Measure it before it replaces the other.")
 
 
 def _require(given: dict[str, bool], option: str, what: str) -> None:

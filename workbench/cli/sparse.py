@@ -103,10 +103,10 @@ class Sparse:
             )
         if found.unsure and not found.dense_because:
             lines.append(
-                f"The predictor is unsure of this prompt: {found.confidence:.3f}, usual is {found.lowest:.3f} and more."
+                f"The predictor is unsure of this prompt: {found.confidence:.5f}, usual is {found.lowest:.5f} and more."
             )
         if found.dense_because:
-            sure = f" ({found.confidence:.3f}, usual is {found.lowest:.3f} and more)" if found.unsure else ""
+            sure = f" ({found.confidence:.5f}, usual is {found.lowest:.5f} and more)" if found.unsure else ""
             lines.append(f"Ran dense: {found.dense_because}{sure}.")
         if self.watch is None and not self.important:
             lines.append("Nobody watched: the model was made before statistics were kept. Compress it again for that.")
@@ -121,6 +121,8 @@ class Sparse:
             )
         if left_out is None:
             return "The reply took no step of its own, so nothing was left out."
+        if len(steps) <= self.prefix:
+            return f"Nothing was left out: the first {self.prefix} tokens stay whole, and this text has {len(steps)}."
         share = deciding_share(steps[prompt:])
         time = "" if share is None else f"; choosing took {share:.1%} of its time (one run, no claim)"
         whole = f" after its first {self.prefix} tokens, which stay whole" if self.prefix else ""
@@ -178,8 +180,8 @@ def open_sparse(
     """Open a compressed model that leaves a share of its weights out.
 
     Raises:
-        InputError: a model that cannot, a scope that is none or that nothing decides at.
-        EngineError: a sparsity that is not possible.
+        InputError: a model that cannot, a sparsity that is not possible, a scope that is none or that nothing decides
+            at.
     """
     from workbench.formats.compressed import CompressedModel
     from workbench.runtime import open_engine
@@ -216,6 +218,7 @@ def open_sparse(
         "--important": important,
         "--guard": guard is not None,
         "--fail-safe": fail_safe,
+        "--log": log is not None,
     }
     for name in (name for name, given in named.items() if given):
         raise InputError(
@@ -225,6 +228,7 @@ def open_sparse(
     from workbench.runtime.input_sparsity import expected_sparsity, input_plan, input_thresholds
 
     cuts = compressed.input_cuts
-    plan = input_plan(architecture, cuts, sparsity)
     expected = expected_sparsity(architecture, cuts, input_thresholds(architecture, cuts, sparsity))
-    return Sparse(open_engine(compressed, engine=engine, plan=plan, threads=threads, job=job), sparsity, expected)
+    # Without sparsity, as without the option: the layout for it rounds activations otherwise and takes longer.
+    cut = input_plan(architecture, cuts, sparsity) if sparsity != 0 else None
+    return Sparse(open_engine(compressed, engine=engine, plan=cut, threads=threads, job=job), sparsity, expected)

@@ -26,7 +26,9 @@ def train_relu(
     teacher: Annotated[
         str, typer.Option(help="What 'self' is sampled from: smollm2-135m, a folder, a GGUF file or a hub id.")
     ] = "smollm2-135m",
-    tokens: Annotated[int, typer.Option(min=1, help="Tokens to sample for training, a sixth more to measure.")] = 27648,
+    tokens: Annotated[
+        int, typer.Option(min=1, help="Tokens to sample, and a sixth more to measure; a --text is used whole.")
+    ] = 27648,
     steps: Annotated[int, typer.Option(min=1, help="Training steps at most.")] = 300,
     sparsity: Annotated[float, typer.Option(min=0, help="Weight of the activations' mean (L1) in the loss.")] = 0.0,
     blocks: Annotated[int, typer.Option(min=1, help="Blocks.")] = 4,

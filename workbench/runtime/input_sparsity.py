@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from workbench.errors import EngineError
+from workbench.errors import EngineError, InputError
 from workbench.formats.input_cuts import InputCuts, share_below, threshold
 from workbench.models.base import Architecture, Unit
 from workbench.runtime.mask_programs import Threshold
@@ -23,8 +23,9 @@ _SLOT = "cut."
 def input_plan(architecture: Architecture, cuts: InputCuts, sparsity: float, *, first: int | None = None) -> Plan:
     """A plan under which units leave out inputs so that this share of all their weights is not used.
 
-    At a sparsity of 0 all thresholds are 0: only inputs that are 0 are left out, and outputs are those of the dense
-    engine. The slots are there, so that a policy may raise them later.
+    At a sparsity of 0 all thresholds are 0: only inputs that are 0 are left out. The slots are there, so that a policy
+    may raise them later. Outputs are those without a plan, but that the cpu engine may round activations in other
+    blocks where it lays weights out input by input.
 
     Args:
         architecture: of the model.
@@ -33,7 +34,8 @@ def input_plan(architecture: Architecture, cuts: InputCuts, sparsity: float, *, 
         first: tokens at the beginning of a text that are kept whole, None for as many as in calibration.
 
     Raises:
-        EngineError: a sparsity beyond the tables, or fewer than no first tokens.
+        InputError: a sparsity beyond the tables.
+        EngineError: fewer than no first tokens.
     """
     kept = int(cuts.first) if first is None else first
     if kept < 0:
@@ -56,7 +58,7 @@ def input_policy(architecture: Architecture, cuts: InputCuts, sparsity: float) -
     """Another sparsity for an engine that runs an ``input_plan`` of this model, from the next token on.
 
     Raises:
-        EngineError: a sparsity beyond the tables.
+        InputError: a sparsity beyond the tables.
     """
     return Policy(thresholds=input_thresholds(architecture, cuts, sparsity))
 
@@ -76,10 +78,10 @@ def input_shares(cuts: InputCuts, sparsity: float) -> np.ndarray:
     Weighted by the units' weights shares are linear in the sparsity, so they add up to it there too.
 
     Raises:
-        EngineError: a sparsity beyond the tables.
+        InputError: a sparsity beyond the tables.
     """
     if not 0 <= sparsity <= cuts.highest + 1e-6:  # targets are float32
-        raise EngineError(
+        raise InputError(
             f"A sparsity of {sparsity:g} is not possible with this model: give 0 to {cuts.highest:g}, or compress it "
             "with higher 'targets' of 'input-sparsity'."
         )
