@@ -284,7 +284,7 @@ def test_a_stored_fit_of_an_older_version_of_a_method_is_not_taken(
 ) -> None:
     model = load(str(folder))
     old = fit_folder(store, model, Recipe.for_model(model, AWQ))
-    monkeypatch.setattr(AwqConfig, "version", 2)
+    monkeypatch.setattr(AwqConfig, "version", AwqConfig.version + 1)
     assert fit_folder(store, model, Recipe.for_model(model, AWQ)) != old
 
 
