@@ -84,7 +84,8 @@ class Awq:
             model, config.calibration_tokens, seed, job, text=config.calibration, parts=draft.parts
         )
 
-        judges = ModuleJudges(model, tokens) if config.scale and config.judge == "module" else None
+        judged = config.scale and config.alpha is None and config.judge == "module"  # else nothing is chosen
+        judges = ModuleJudges(model, tokens) if judged else None
 
         def search(inputs: Inputs, judge: Judge | None) -> Found:
             job.check()

@@ -73,9 +73,8 @@ class ModuleJudges:
         reader = _READER.get(unit.kind)
         if reader is None:
             return None
-        paths = [x.path for x in self._model.architecture.linears if x.block == unit.block and x.unit == unit.id]
-        paths += [x.path for x in self._model.architecture.linears if x.unit == f"blocks.{unit.block}.{reader}"]
-        parents = {path.rpartition(".")[0] for path in paths}
+        readers = self._model.architecture.unit(f"blocks.{unit.block}.{reader}").linears
+        parents = {linear.path.rpartition(".")[0] for linear in (*unit.linears, *readers)}
         path = parents.pop()
         return None if parents or self._model.submodule(path) is self._model.block(unit.block) else path
 

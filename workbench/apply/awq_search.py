@@ -7,8 +7,7 @@ calibration tokens of the squared change of the outputs is, without running them
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -212,10 +211,13 @@ def search_unit(
     before, _ = _error(matrices, moment, None, options, False)
     scales, alpha = None, None
     if tie is not None:
-        weights = [m.weight for m in matrices if m.bits is not None]
-        factor = weight_magnitude(weights, options.group_size) if options.weight_factor and weights else None
         stride = max(1, sum(len(m.weight) for m in matrices) // _ROWS)  # one for all, so that each keeps its part
         few = [replace(m, weight=m.weight[::stride]) for m in matrices]
+        weights = [m.weight for m in few if m.bits is not None]
+        factor = weight_magnitude(weights, options.group_size) if options.weight_factor and weights else None
+
+        def scales_of(exponent: float) -> torch.Tensor:
+            return tie(input_scales(magnitude, exponent, factor))
 
         def measured(scales: torch.Tensor | None) -> float:
             check()
@@ -223,25 +225,35 @@ def search_unit(
                 return _error(few, moment, scales, options, joint)[0]
             return judge(_changed(matrices, moment, scales, options, joint))
 
-        def tried(step: int) -> float:
-            if step not in errors:
-                errors[step] = measured(tie(input_scales(magnitude, exponents[step], factor)))
-            return errors[step]
-
-        errors: dict[int, float] = {}
-        if options.alpha is not None:
-            exponents, none = [options.alpha], math.inf
-        else:
-            exponents, none = [step / options.alpha_steps for step in range(options.alpha_steps)], measured(None)
-        stride = 1 if judge is None else 2
-        best = min(range(0, len(exponents), stride), key=tried)
-        if stride > 1:
-            best = min((step for step in (best, best - 1, best + 1) if 0 <= step < len(exponents)), key=tried)
-        if errors[best] < none:
-            alpha = exponents[best]
-            scales = tie(input_scales(magnitude, alpha, factor))
+        alpha = options.alpha
+        if alpha is None:
+            alpha = _best_exponent(options.alpha_steps, lambda a: measured(scales_of(a)), measured(None), judge is None)
+        if alpha is not None:
+            scales = scales_of(alpha)
     error, shares = _error(matrices, moment, scales, options, options.clip)
     return Found(scales, alpha, shares, error, before)
+
+
+def _best_exponent(steps: int, error: Callable[[float], float], without: float, every: bool) -> float | None:
+    """The exponent of least error among ``steps`` from 0 up to but not 1; None where no scales at all are as good.
+
+    Args:
+        steps: exponents.
+        error: of one.
+        without: error without scales.
+        every: try every one; else every second, and then the neighbours of the best.
+    """
+    errors: dict[int, float] = {}
+
+    def tried(step: int) -> float:
+        if step not in errors:
+            errors[step] = error(step / steps)
+        return errors[step]
+
+    best = min(range(0, steps, 1 if every else 2), key=tried)
+    if not every:
+        best = min((step for step in (best, best - 1, best + 1) if 0 <= step < steps), key=tried)
+    return best / steps if errors[best] < without else None
 
 
 def scaled_moment(moment: torch.Tensor, scales: torch.Tensor | None) -> torch.Tensor:
@@ -260,21 +272,37 @@ def rounding_error(
     return make_grid(weight, matrix.bits, options.group_size, options.symmetric, shares).error(weight)
 
 
+def _rounded(
+    matrices: Sequence[Matrix], moment: torch.Tensor, scales: torch.Tensor | None, options: Options, clip: bool
+) -> Iterator[tuple[torch.Tensor | None, torch.Tensor | None]]:
+    """Of each matrix the shares that its ranges are clipped to, and what rounding changes; None where it has none.
+
+    ``moment`` is that of the scaled inputs.
+    """
+    for matrix in matrices:
+        share = None
+        if matrix.bits is None:
+            yield None, None
+            continue
+        if clip and matrix.clip:
+            weight = matrix.weight if scales is None else matrix.weight * scales
+            share = clip_shares(weight, moment, matrix.bits, options.group_size, options.symmetric)
+        yield share, rounding_error(matrix, scales, options, share)
+
+
 def _changed(
     matrices: Sequence[Matrix], moment: torch.Tensor, scales: torch.Tensor | None, options: Options, clip: bool
 ) -> list[torch.Tensor]:
     """What the weights of scaled inputs are once rounded, for inputs as they were, float32 (out, in) each."""
-    moment = scaled_moment(moment, scales)
+    errors = _rounded(matrices, scaled_moment(moment, scales), scales, options, clip)
     found = []
-    for matrix in matrices:
-        weight = matrix.weight if scales is None else matrix.weight * scales
-        if matrix.bits is not None:
-            share = None
-            if clip and matrix.clip:
-                share = clip_shares(weight, moment, matrix.bits, options.group_size, options.symmetric)
-            grid = make_grid(weight, matrix.bits, options.group_size, options.symmetric, share)
-            weight = weight + grid.error(weight)
-        found.append(weight if scales is None else weight / scales)
+    for matrix, (_, error) in zip(matrices, errors, strict=True):
+        if error is None:
+            found.append(matrix.weight)
+        elif scales is None:
+            found.append(matrix.weight + error)
+        else:
+            found.append((matrix.weight * scales + error) / scales)
     return found
 
 
@@ -284,16 +312,12 @@ def _error(
     """``sum over linears of tr(E H E^T)`` and the shares that their ranges were clipped to."""
     moment = scaled_moment(moment, scales)
     total, shares = 0.0, []
-    for matrix in matrices:
-        share = None
-        if matrix.bits is not None:
-            if clip and matrix.clip:
-                weight = matrix.weight if scales is None else matrix.weight * scales
-                share = clip_shares(weight, moment, matrix.bits, options.group_size, options.symmetric)
-            error = rounding_error(matrix, scales, options, share)
-            if moment.dim() == 1:
-                total += float((error.square() @ moment).sum(dtype=torch.float64))
-            else:
-                total += float(((error @ moment) * error).sum(dtype=torch.float64))
+    for share, error in _rounded(matrices, moment, scales, options, clip):
         shares.append(share)
+        if error is None:
+            continue
+        if moment.dim() == 1:
+            total += float((error.square() @ moment).sum(dtype=torch.float64))
+        else:
+            total += float(((error @ moment) * error).sum(dtype=torch.float64))
     return total, shares

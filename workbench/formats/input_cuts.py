@@ -14,6 +14,7 @@ from typing import Self
 import numpy as np
 
 from workbench.errors import IntegrityError
+from workbench.formats.checked import check_array
 from workbench.formats.selectors import quantile_levels
 from workbench.models.base import Architecture
 
@@ -90,7 +91,7 @@ class InputCuts:
         quantiles = plain["quantiles"]
         counts = {"U": len(units), "K": quantiles.shape[-1] if quantiles.ndim else 0, "T": plain["targets"].size}
         for name, (dtype, shape) in _PLAIN.items():
-            _check(name, plain[name], dtype, tuple(counts[axis] for axis in shape))
+            check_array(f"The input cuts' {name}", plain[name], dtype, tuple(counts[axis] for axis in shape))
         if code.dtype != np.int8 or code.shape != () or not 0 <= int(code) < len(CRITERIA):
             raise IntegrityError(f"The input cuts' criterion is none of {', '.join(CRITERIA)}: {_AGAIN}")
         _check_values(plain, np.array([unit.n_weights for unit in units], dtype=np.float64))
@@ -100,7 +101,8 @@ class InputCuts:
             given = left.pop(f"factors.{index}", None)
             if given is None:
                 raise IntegrityError(f"The input cuts lack the factors of {units[index].id}: {_AGAIN}")
-            _check(f"factors of {units[index].id}", given, np.float16, (units[index].linears[0].in_features,))
+            width = units[index].linears[0].in_features
+            check_array(f"The input cuts' factors of {units[index].id}", given, np.float16, (width,))
             if not (given > 0).all():  # 0 would leave a channel out at every sparsity, 0 included
                 raise IntegrityError(f"The input cuts' factors of {units[index].id} are not all positive: {_AGAIN}")
             factors[index] = given
@@ -121,14 +123,6 @@ def share_below(quantiles: np.ndarray, cut: float) -> float:
         return 0.0
     levels = np.concatenate([[0.0], quantile_levels(len(quantiles))])
     return float(np.interp(cut, np.concatenate([[0.0], quantiles.astype(np.float64)]), levels, right=1.0))
-
-
-def _check(name: str, array: np.ndarray, dtype: type, expected: tuple[int, ...]) -> None:
-    if array.dtype != dtype or array.shape != expected or not np.isfinite(array).all():
-        raise IntegrityError(
-            f"The input cuts' {name} is {array.dtype} {array.shape}, expected finite {np.dtype(dtype)} {expected}: "
-            f"{_AGAIN}"
-        )
 
 
 def _check_values(plain: Mapping[str, np.ndarray], sizes: np.ndarray) -> None:

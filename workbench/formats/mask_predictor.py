@@ -14,13 +14,14 @@ from typing import Any, Literal, Self
 import numpy as np
 
 from workbench.errors import IntegrityError
+from workbench.formats import mask_scores
+from workbench.formats.checked import check_array
 from workbench.formats.mask_statistics import MaskStatistics
 from workbench.models.base import Architecture
 
 PREFIX = "mask_predictor."
 MaskKind = Literal["heads", "neurons"]
 TAPS = ("residual", "block_input", "attention_output", "mlp_input")
-_EPS = 1e-12  # under the root of the mean square
 
 
 @dataclass(frozen=True)
@@ -78,14 +79,11 @@ class MaskPart:
 
     def hidden_of(self, taps: np.ndarray) -> np.ndarray:
         """Hidden activations float32 (n, H) of taps (n, width)."""
-        taps = taps.astype(np.float32)
-        taps = taps / np.sqrt(np.square(taps).mean(axis=1, keepdims=True) + np.float32(_EPS))
-        inner = (taps @ self.hidden.T.astype(np.float32)) * self.hidden_steps + self.hidden_bias
-        return np.maximum(inner, np.float32(0))
+        return mask_scores.hidden_of(self, taps)
 
     def scores_of(self, hidden: np.ndarray) -> np.ndarray:
         """Predicted scores float32 (n, units) of hidden activations (n, H)."""
-        return self.mean + (hidden @ self.rows.T.astype(np.float32)) * self.row_steps
+        return mask_scores.scores_of(self, hidden)
 
 
 @dataclass(frozen=True)
@@ -228,9 +226,5 @@ def _array(left: dict[str, np.ndarray], name: str, dtype: type, shape: tuple[int
     array = left.pop(name, None)
     if array is None:
         raise IntegrityError(f"The mask predictor lacks '{name}': compress the model again.")
-    if array.dtype != dtype or array.shape != shape or not np.isfinite(array).all():
-        raise IntegrityError(
-            f"The mask predictor's {name} is {array.dtype} {array.shape}, expected finite {np.dtype(dtype)} {shape}: "
-            "compress the model again."
-        )
+    check_array(f"The mask predictor's {name}", array, dtype, shape)
     return array

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from workbench.errors import IntegrityError
+from workbench.formats.checked import check_array
+from workbench.formats.mask_scores import by_rms
 
 PREFIX = "statistics."
 
@@ -46,8 +48,7 @@ class MaskStatistics:
         The mean over channels of the squared difference from the channel's mean, in units of its variance: 1 on average
         over the calibration text. How channels go together is left out.
         """
-        taps = np.asarray(taps, dtype=np.float64)
-        taps = taps / np.sqrt(np.square(taps).mean(axis=1, keepdims=True) + 1e-12)
+        taps = by_rms(np.asarray(taps, dtype=np.float64))
         return (np.square(taps - self.center) / self.variance).mean(axis=1)
 
     def arrays(self) -> dict[str, np.ndarray]:
@@ -94,10 +95,7 @@ _PLAIN = ("errors", "center", "variance", "texts", "lengths", "drift")
 
 def _array(left: dict[str, np.ndarray], name: str, dtype: type, shape: tuple[int, ...]) -> np.ndarray:
     array = left.pop(PREFIX + name, None)
-    if array is None or array.dtype != dtype or array.shape != shape or not np.isfinite(array).all():
-        found = "missing" if array is None else f"{array.dtype} {array.shape}"
-        raise IntegrityError(
-            f"The mask predictor's statistics '{name}' are {found}, expected finite {np.dtype(dtype)} {shape}: "
-            "compress the model again."
-        )
+    if array is None:
+        raise IntegrityError(f"The mask predictor's statistics lack '{name}': compress the model again.")
+    check_array(f"The mask predictor's statistics: '{name}'", array, dtype, shape)
     return array

@@ -13,6 +13,7 @@ from typing import Self
 import numpy as np
 
 from workbench.errors import IntegrityError
+from workbench.formats.checked import check_array
 from workbench.models.base import Architecture
 
 PREFIX = "selectors."
@@ -91,12 +92,7 @@ class Selectors:
         counts["S"] = counts["W"] - 1
         for name, (dtype, shape) in _PLAIN.items():
             expected = tuple(counts[axis] if axis in counts else int(axis) for axis in shape)
-            array = plain[name]
-            if array.dtype != dtype or array.shape != expected or not np.isfinite(array).all():
-                raise IntegrityError(
-                    f"The selectors' {name} is {array.dtype} {array.shape}, expected finite {np.dtype(dtype)} "
-                    f"{expected}: compress the model again."
-                )
+            check_array(f"The selectors' {name}", plain[name], dtype, expected)
         lengths = plain["lengths"]
         if (np.diff(lengths, prepend=0) <= 0).any() or plain["texts"] < 0 or (plain["spread"] < 0).any():
             raise IntegrityError("The selectors' scatter of texts is not possible: compress the model again.")

@@ -7,7 +7,6 @@ while running. Nothing puts them live: they make another model.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,9 +17,11 @@ import numpy as np
 from workbench.errors import InputError
 from workbench.files import check_output_file, write_json
 from workbench.formats.mask_predictor import MaskPredictor
+from workbench.formats.mask_scores import by_rms
 from workbench.formats.selectors import quantile_levels
 from workbench.models.base import Architecture
 from workbench.runtime.base import StepTrace
+from workbench.runtime.logs import read_log
 from workbench.runtime.mask_shares import predictor_groups
 
 _SCHEMA, _KIND = 1, "predicted masks"
@@ -63,8 +64,7 @@ class MaskLog:
             return
         stored = predictor.parts[part]
         if part == 0:
-            rows = np.asarray(taps, dtype=np.float64)
-            rows = rows / np.sqrt(np.square(rows).mean(axis=1, keepdims=True) + 1e-12)
+            rows = by_rms(np.asarray(taps, dtype=np.float64))
             self.moments += np.stack([rows.sum(axis=0), np.square(rows).sum(axis=0)])
             self.sums["decisions"] += len(taps)
         scores, begin = stored.scores(taps), 0
@@ -105,21 +105,9 @@ class MaskLog:
         Raises:
             InputError: not such a file, one that contradicts itself, or one of another model.
         """
-        try:
-            values = json.loads(Path(path).read_bytes())
-        except OSError as error:
-            raise InputError(f"Cannot read the log {path}: {error.strerror or error}.") from error
-        except (ValueError, RecursionError):
-            raise InputError(f"{path} is not a log of masks, nor any JSON: name a file of 'generate --log'.") from None
-        if not isinstance(values, dict) or (values.get("schema"), values.get("kind")) != (_SCHEMA, _KIND):
-            raise InputError(
-                f"{path} is not a log of predicted masks of this version: name a file of 'generate --log'."
-            )
-        if values.get("model") != model:
-            raise InputError(
-                f"{path} counts what another model chose, and a log belongs to the model that wrote it: name another "
-                "file, or that model."
-            )
+        values = read_log(
+            path, "predicted masks", model, lambda v: (v.get("schema"), v.get("kind")) == (_SCHEMA, _KIND)
+        )
         empty = cls.empty(model, predictor)
         try:
             found = {n: np.array(values[n], dtype=np.float64) for n in ("counts", "ends", "moments")}

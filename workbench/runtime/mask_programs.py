@@ -12,8 +12,8 @@ from typing import ClassVar
 import numpy as np
 
 from workbench.errors import EngineError
+from workbench.formats.mask_scores import hidden_of, scores_of
 
-_EPSILON = np.float32(1e-12)  # keeps a tap of zeros from being divided by zero
 _ROWS = 64  # tokens whose scores are held at once: 12 MB for 46,350 units
 
 
@@ -142,11 +142,7 @@ class PredictedMask:
 
     def scores(self, taps: np.ndarray) -> np.ndarray:
         """Scores float32 (n, size) of taps (n, width)."""
-        taps = taps.astype(np.float32)
-        taps = taps / np.sqrt(np.square(taps).mean(axis=1, keepdims=True) + _EPSILON)
-        hidden = taps @ self.hidden.T.astype(np.float32) * self.hidden_steps + self.hidden_bias
-        rows = np.maximum(hidden, 0) @ self.rows.T.astype(np.float32)
-        return (rows * self.row_steps + self.mean).astype(np.float32)
+        return scores_of(self, hidden_of(self, taps))
 
     def __call__(self, taps: np.ndarray, positions: np.ndarray) -> np.ndarray:
         mask = np.ones((len(positions), self.size), np.uint8)

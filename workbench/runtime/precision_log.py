@@ -6,7 +6,6 @@ calibration text, and from that thresholds that fit (``retuned``). Nothing puts 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,6 +18,7 @@ from workbench.files import check_output_file, write_json
 from workbench.formats.selectors import Selectors, quantile
 from workbench.models.base import Architecture
 from workbench.runtime.base import StepTrace
+from workbench.runtime.logs import read_log
 
 _SCHEMA = 2
 _FEWEST = 256  # tokens below which shares of tokens are too rough to move thresholds by
@@ -82,26 +82,8 @@ class PrecisionLog:
         Raises:
             InputError: not such a file, one that contradicts itself, or one of another model.
         """
-        try:
-            values = json.loads(Path(path).read_bytes())
-        except OSError as error:
-            raise InputError(f"Cannot read the log {path}: {error.strerror or error}.") from error
-        except (ValueError, RecursionError):
-            raise InputError(
-                f"{path} is not a log of precision, nor any JSON: name a file of 'generate --log'."
-            ) from None
-        fields = ("schema", "model", "tokens", "read", "log_cuts")
-        if (
-            not isinstance(values, dict)
-            or values.get("schema") != _SCHEMA
-            or any(name not in values for name in fields)
-        ):
-            raise InputError(f"{path} is not a log of precision of this version: name a file of 'generate --log'.")
-        if values["model"] != model:
-            raise InputError(
-                f"{path} counts what another model chose, and a log belongs to the model that wrote it: name another "
-                "file, or that model."
-            )
+        fields = {"schema", "model", "tokens", "read", "log_cuts"}
+        values = read_log(path, "precision", model, lambda v: v.get("schema") == _SCHEMA and fields <= v.keys())
         tokens, shape = values["tokens"], (len(selectors.highest), len(selectors.widths))
         read, cuts = _array(values["read"], shape), _array(values["log_cuts"], (shape[0], shape[1] - 1))
         if read is None or cuts is None or type(tokens) is not int or tokens < 0:
