@@ -11,9 +11,9 @@ import torch
 
 from workbench.apply.input_sparsity_config import InputSparsityConfig
 from workbench.apply.sparsity_config import Criterion
-from workbench.corpus import Window
+from workbench.corpus import Window, questions
 from workbench.measure.bench import BenchContext, run_bench
-from workbench.measure.benches import engine, sparsity, sparsity_methods, sparsity_quality
+from workbench.measure.benches import engine, sparsity, sparsity_methods, sparsity_quality, sparsity_questions
 from workbench.measure.sparse_plans import sparse_plan, sparse_policy
 from workbench.models import LoadedModel, load
 from workbench.runtime import open_engine
@@ -45,6 +45,8 @@ def patched() -> Any:
         patch.setattr(sparsity_methods, "QUICK_MASKS", sparsity_methods.QUICK_MASKS.model_copy(update=small))
         full = sparsity_methods.MASKS.model_copy(update=small | {"tune_steps": 2})
         patch.setattr(sparsity_methods, "MASKS", full)
+        patch.setattr(sparsity_questions, "questions", lambda: questions()[::20])
+        patch.setattr(sparsity_questions, "_QUICK_EACH", 2)
         patch.setattr(engine, "PAIRS_FOR_A_CLAIM", 2)
         yield patch
 
@@ -57,6 +59,13 @@ def rows(model_folder: Path, patched: Any) -> list[dict[str, Any]]:
 @pytest.fixture(scope="module")
 def quick(model_folder: Path, patched: Any) -> list[dict[str, Any]]:
     return list(run_bench("sparsity", model=str(model_folder), text="pydoc", threads=1, quick=True)["rows"])
+
+
+@pytest.fixture(scope="module")
+def listed(model_folder: Path, patched: Any) -> list[sparsity_methods.Contender]:
+    """What the quick bench compares, fitted once."""
+    context = BenchContext(str(model_folder), None, 1, quick=True)
+    return sparsity_methods.contenders(load(str(model_folder)), context)
 
 
 def chosen(rows: list[dict[str, Any]], method: str, sparsity: float, bits: int = 16) -> dict[str, Any]:
@@ -174,7 +183,7 @@ def test_an_oracle_replays_the_masks_of_the_true_scores(model_folder: Path, patc
     listed = sparsity_methods.contenders(model, context)
     oracle = next(c for c in listed if c.method == "oracle" and c.bits == 16 and c.sparsity == 0.3)
     truth = sparsity_quality._Truth(model)
-    masks = sparsity_quality._masks(oracle, truth)
+    masks = sparsity_quality.masks_of(oracle, truth)
     assert callable(masks)
     tokens = torch.randint(0, 256, (40,), generator=torch.Generator().manual_seed(0)).tolist()
     (slot,) = {name for step in masks(tokens) for name in step}
@@ -185,7 +194,7 @@ def test_an_oracle_replays_the_masks_of_the_true_scores(model_folder: Path, patc
     other = masks(tokens[::-1])
     assert any(not np.array_equal(a[slot], b[slot]) for a, b in zip(masks(tokens), other, strict=True))
     opened: dict[Any, Any] = {}
-    running = sparsity_quality._engine(oracle, opened, context)
+    running = sparsity_quality.engine_of(oracle, opened, context)
     trace: list[StepTrace] = []
     list(running.log_probabilities(tokens, replay=masks(tokens), trace=trace))
     seen = np.stack([np.asarray(step.decisions[slot], dtype=np.uint8) for step in trace])
@@ -202,8 +211,8 @@ def test_no_contender_but_the_oracle_sees_later_text(model_folder: Path, patched
     tokens = torch.randint(0, 256, (40,), generator=generator).tolist()
     other = tokens[:30] + torch.randint(0, 256, (10,), generator=generator).tolist()
     for contender in listed:
-        running = sparsity_quality._engine(contender, opened, context)
-        side = sparsity_quality.Sparse(contender, running, sparsity_quality._masks(contender, truth))
+        running = sparsity_quality.engine_of(contender, opened, context)
+        side = sparsity_quality.Sparse(contender, running, sparsity_quality.masks_of(contender, truth))
         before, after = (np.concatenate([r for _, r in side.log_probabilities(text)])[:30] for text in (tokens, other))
         assert np.array_equal(before, after) == (contender.method != "oracle"), contender.method
     for running in opened.values():
@@ -231,3 +240,65 @@ def test_quality_is_kept_between_runs(model_folder: Path, patched: Any) -> None:
         assert again[one].measured_at is not None
         assert again[one].facts == first[one].facts
         assert again[one].kl_mean == first[one].kl_mean
+
+
+def test_all_that_could_choose_while_writing_answer_questions(
+    rows: list[dict[str, Any]], quick: list[dict[str, Any]]
+) -> None:
+    answering = set(METHODS) - {"oracle"}
+    for found, sparsities, count in ((quick, (0.3,), 5), (rows, SPARSITIES, 10)):
+        here = [r for r in found if r["questions"] is not None]
+        wanted = {(m, s, bits) for m in answering for s in sparsities for bits in (16, 4)}
+        wanted |= {("dense", 0.0, bits) for bits in (16, 4)}
+        if found is rows:
+            wanted |= {(m, 0.7, bits) for m in ("teal", "wina") for bits in (16, 4)}
+        assert {(r["method"], r["sparsity"], r["weight_bits"]) for r in here} == wanted
+        assert {r["questions"] for r in here} == {count}
+        assert all(r["scope"] in (None, "none", "token") for r in here)
+        for entry in here:
+            assert 0 <= entry["flips"] <= count
+            assert entry["accuracy_low"] <= entry["accuracy"] <= entry["accuracy_high"]
+            assert entry["accuracy_change_low"] <= entry["accuracy_change"] <= entry["accuracy_change_high"]
+            assert abs(entry["accuracy_change"]) <= entry["flips"] / count
+            whole = chosen(found, "dense", 0.0, entry["weight_bits"])
+            assert (entry["flips_to_whole"] is None) == (entry["method"] == "dense")
+            assert abs(entry["accuracy"] - whole["accuracy"]) <= (entry["flips_to_whole"] or 0) / count + 1e-9
+
+
+def test_answers_are_given_under_masks(quick: list[dict[str, Any]]) -> None:
+    for bits in (16, 4):
+        assert chosen(quick, "dense", 0.0, bits)["answers_sparsity"] == 0
+        for method in set(METHODS) - {"oracle"}:
+            entry = chosen(quick, method, 0.3, bits)
+            # The bytes of English words are unlike what a random model samples, so thresholds give other shares.
+            assert 0.1 < entry["answers_sparsity"] < 0.6, method
+
+
+def test_answers_are_scored_under_masks_from_the_last_token_of_the_question_on(
+    model_folder: Path, patched: Any
+) -> None:
+    context = BenchContext(str(model_folder), None, 1, quick=True)
+    listed = sparsity_methods.contenders(load(str(model_folder)), context)
+    generator = torch.Generator().manual_seed(2)
+    tokens, begin = torch.randint(0, 256, (30,), generator=generator).tolist(), 20
+    other = [*tokens[:-1], (tokens[-1] + 1) % 256]
+    for contender in [c for c in listed if c.bits == 16 and c.sparsity in (0.0, 0.3) and c.method != "oracle"]:
+        running = sparsity_quality.engine_of(contender, {}, context, prefix=0)
+        side = sparsity_questions.Answering(running, contender)
+        found = side.score(tokens, prompt_length=begin)
+        assert not found[: begin - 1].any()
+        assert (found[begin - 1 :] < 0).all()
+        assert len(side._left) == 30 - begin  # steps that part of the answer is predicted from
+        # No step knows what comes after it.
+        np.testing.assert_array_equal(found[:-1], side.score(other, prompt_length=begin)[:-1])
+        running.close()
+        if contender.method in ("teal", "wina"):
+            continue
+        # The same as the plan that leaves exactly the question's tokens but the last whole.
+        plan = None
+        if contender.asked is not None:
+            plan = sparse_plan(contender.tables, {**contender.asked, "prefix": begin - 1})
+        exact = open_engine(contender.whole, threads=1, plan=plan)
+        expected = exact.score(tokens, prompt_length=begin)
+        np.testing.assert_allclose(found[begin - 1 :], expected[begin - 1 :], atol=1e-5)
+        exact.close()

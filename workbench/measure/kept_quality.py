@@ -1,8 +1,8 @@
 """Quality that a bench has measured is kept, candidate by candidate, so that an interrupted one goes on where it was.
 
-What is kept is the table of windows of one candidate on one text, as a profile. Its key holds everything that the
-numbers depend on, the workbench's own code and kernels included: after any change of them all is measured anew. Timings
-are never kept.
+What is kept is the table of windows of one candidate on one text, or of its answers to questions, as a profile. Its key
+holds everything that the numbers depend on, the workbench's own code and kernels included: after any change of them all
+is measured anew. Timings are never kept.
 """
 
 from __future__ import annotations
@@ -21,10 +21,13 @@ import numpy as np
 
 from workbench.analysis.profile import Profile, Provenance, library_versions
 from workbench.measure.quality import QualityResult, compare_many, summed_up
+from workbench.measure.tasks import TaskResult, answered, multiple_choice
 from workbench.progress import Job
 
 if TYPE_CHECKING:
-    from workbench.corpus import TextRecord, Window
+    import pandas as pd
+
+    from workbench.corpus import Question, TextRecord, Window
     from workbench.runtime.base import Engine
 
 _FACT = "fact."  # prefix of the columns that hold what an engine told of itself
@@ -92,6 +95,42 @@ def compare_kept(
     return [found[index] for index in range(len(candidates))]
 
 
+def answer_kept(
+    shelf: Shelf | None, engine: Engine, questions: Sequence[Question], *, about: Any, job: Job | None = None
+) -> TaskResult:
+    """``multiple_choice``, unless an earlier run has asked this engine the same questions.
+
+    Args:
+        shelf, about: see ``compare_kept``.
+        engine: that answers.
+        questions: asked.
+        job: advanced by question.
+
+    Returns:
+        As ``multiple_choice``; ``measured_at`` and ``facts`` say whether it is from an earlier run and what the engine
+        told.
+    """
+    asked = [[one.id, one.language, one.question, list(one.choices), one.answer] for one in questions]
+    key = _about_model(
+        engine,
+        "answers",
+        {"questions": digest(asked), "candidate": _ran_by(engine), "about": digest(about), "code": code_sha256()},
+    )
+    known = None if shelf is None else shelf.find(key)
+    if known is None:
+        found = multiple_choice(engine, questions, job=job)
+        if isinstance(engine, Telling):
+            found = replace(found, facts=dict(engine.facts()))
+        if shelf is not None:
+            columns: dict[str, Any] = {_FACT + name: value for name, value in found.facts.items()}
+            now = datetime.now(UTC).isoformat(timespec="seconds")
+            shelf.keep(Profile(found.table.assign(**columns, measured_at=now), key))
+        return found
+    table, facts = _without_facts(known.table)
+    result = answered(table.drop(columns=["measured_at"]))
+    return replace(result, facts=facts, measured_at=str(table["measured_at"].iloc[0]))
+
+
 def _provenance(
     dense: Engine,
     candidate: Engine,
@@ -101,25 +140,29 @@ def _provenance(
     decode: Any,
     given: int,
 ) -> Provenance:
-    model = dense.model
+    parameters = {
+        "windows": digest([[w.document, w.domain, w.language, list(w.tokens)] for w in windows]),
+        "dense": _ran_by(dense),
+        "candidate": _ran_by(candidate),
+        "about": digest(about),
+        "excerpts": decode is not None,
+        "given": given,
+        "code": code_sha256(),
+    }
+    return _about_model(dense, "quality", parameters, text)
+
+
+def _about_model(engine: Engine, kind: str, parameters: dict[str, Any], text: TextRecord | None = None) -> Provenance:
     versions = library_versions()
     with contextlib.suppress(metadata.PackageNotFoundError):  # a rival that some candidates are run by
         versions["bitsandbytes"] = metadata.version("bitsandbytes")
     return Provenance(
-        kind="quality",
-        model=model.name,
-        architecture_sha256=model.fingerprint.architecture,
-        weights_sha256=model.fingerprint.weights,
+        kind=kind,
+        model=engine.model.name,
+        architecture_sha256=engine.model.fingerprint.architecture,
+        weights_sha256=engine.model.fingerprint.weights,
         text=text,
-        parameters={
-            "windows": digest([[w.document, w.domain, w.language, list(w.tokens)] for w in windows]),
-            "dense": _ran_by(dense),
-            "candidate": _ran_by(candidate),
-            "about": digest(about),
-            "excerpts": decode is not None,
-            "given": given,
-            "code": code_sha256(),
-        },
+        parameters=parameters,
         versions=versions,
     )
 
@@ -136,13 +179,18 @@ def _profile(quality: QualityResult, provenance: Provenance, now: str) -> Profil
 
 
 def _result(profile: Profile, dense: Engine, candidate: Engine, text: TextRecord | None) -> QualityResult:
-    table = profile.table
-    facts = [str(name) for name in table if str(name).startswith(_FACT)]
+    table, facts = _without_facts(profile.table)
     first = table.iloc[0].to_dict()
-    rows = table.drop(columns=[*_ABOUT_ALL, *facts])
+    rows = table.drop(columns=list(_ABOUT_ALL))
     result = summed_up(rows, float(first["kl_median"]), float(first["kl_p999"]), dense, candidate, text, seed=0)
-    told = {name.removeprefix(_FACT): float(first[name]) for name in facts}
-    return replace(result, facts=told, measured_at=str(first["measured_at"]))
+    return replace(result, facts=facts, measured_at=str(first["measured_at"]))
+
+
+def _without_facts(table: pd.DataFrame) -> tuple[pd.DataFrame, dict[str, float]]:
+    """A kept table, and what its engine told, which is alike in every row."""
+    names = [str(name) for name in table if str(name).startswith(_FACT)]
+    facts = {name.removeprefix(_FACT): float(table[name].iloc[0]) for name in names}
+    return table.drop(columns=names), facts
 
 
 @functools.cache

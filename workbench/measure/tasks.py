@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -34,6 +34,8 @@ class TaskResult:
             favour short choices.
         chance: expected share of guessing.
         by_group: per domain and per language: ``by``, ``group``, ``n_questions`` and both accuracies with intervals.
+        facts: what else the engine told of itself while it answered.
+        measured_at: when (UTC, ISO 8601), where it answered in an earlier run; None for now.
     """
 
     table: pd.DataFrame
@@ -41,6 +43,8 @@ class TaskResult:
     accuracy_per_byte: Interval
     chance: float
     by_group: pd.DataFrame
+    facts: Mapping[str, float] = field(default_factory=dict)
+    measured_at: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Everything but the table of questions, as JSON values."""
@@ -102,7 +106,11 @@ def multiple_choice(engine: Engine, questions: Sequence[Question], *, job: Job |
             }
         )
         job.advance()
-    table = pd.DataFrame(rows)
+    return answered(pd.DataFrame(rows))
+
+
+def answered(table: pd.DataFrame) -> TaskResult:
+    """Return the result that follows from a table of questions; see ``TaskResult``."""
     return TaskResult(
         table=table,
         accuracy=_share(table["correct"]),

@@ -139,6 +139,13 @@ def mask_policy(architecture: Architecture, predictor: MaskPredictor, sparsity: 
     return Policy(thresholds={_slot(p, len(parts)): tuple(found[p.groups[0] : p.groups[1]].tolist()) for p in parts})
 
 
+def whole_policy(plan: Plan) -> Policy:
+    """Everything computed under a predicted plan, from the next decision on: thresholds below every score."""
+    lowest = float(np.finfo(np.float32).min)
+    sizes = {decider.slot: len(getattr(decider.program, "thresholds", ())) for decider in plan.deciders}
+    return Policy(thresholds={slot: (lowest,) * size for slot, size in sizes.items() if size})
+
+
 def constant_mask(
     architecture: Architecture,
     predictor: MaskPredictor,

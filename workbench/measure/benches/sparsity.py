@@ -14,6 +14,7 @@ from workbench.measure.bench import BenchContext, Rows, bench
 from workbench.measure.benches.engine import bench_prompt, step_columns, time_in_turns
 from workbench.measure.benches.sparsity_methods import Contender, contenders, group_size, standard
 from workbench.measure.benches.sparsity_quality import measure_quality
+from workbench.measure.benches.sparsity_questions import KEYS, measure_answers
 from workbench.measure.measurement import evaluation_windows
 from workbench.measure.quality import QualityResult, compare_candidates
 from workbench.measure.result import Sizes, quality_columns
@@ -49,6 +50,7 @@ Qualities = Mapping[Contender, QualityResult]  # on one text
         "speed_low",
         "speed_high",
         "decider_share",
+        *KEYS,
         "note",
     ),
 )
@@ -72,6 +74,14 @@ def sparsity(context: BenchContext) -> Rows:
     (negative: better), ``to_rival`` more than the best of theirs, ``rival``. ``speed_ratio`` is decoding speed over
     that of the same weights whole, with masks in force from the first token of the reply on; ``decider_share`` what
     deciding takes of a step. ``note`` says why a row has no figures. Fits use text sampled from the model itself.
+
+    ``flips`` is how many of ``questions`` are answered unlike the dense model, ``flips_to_whole`` unlike the same
+    weights whole; ``accuracy`` is the share of right answers and ``accuracy_change`` that less the dense model's, both
+    by log-likelihood per byte. Questions are shorter than 64 tokens, so masks leave only what stands before a
+    question's last token whole, and are decided at each token from there on (``sparsity_questions``);
+    ``answers_sparsity`` is the share of all weights that those steps did not use. Everybody answers that could choose
+    so while writing, the oracle and the variants apart; quick, only at the one sparsity, and every eighth question
+    alone.
     """
     model = load(context.model, job=context.job)
     listed = contenders(model, context)
@@ -80,8 +90,9 @@ def sparsity(context: BenchContext) -> Rows:
         windows, record = evaluation_windows(text, model, *(_QUICK_WINDOWS if context.quick else _WINDOWS))
         found = measure_quality(model, listed, windows, record, context)
         rows += [(one, _row(one, found.get(one)) | _against(one, found)) for one in listed]
+    answers = measure_answers(model, listed, context)
     speeds = _measure_speed(model, listed, context)
-    return [entry | speeds.get(one, {}) for one, entry in rows]
+    return [entry | answers.get(one, {}) | speeds.get(one, {}) for one, entry in rows]
 
 
 def _texts(context: BenchContext) -> tuple[str, ...]:

@@ -49,7 +49,9 @@ def measure_quality(
         for part in _batches(able):
             opened: dict[tuple[Any, ...], Engine] = {}
             try:
-                engines: list[Any] = [Sparse(one, _engine(one, opened, context), _masks(one, truth)) for one in part]
+                engines: list[Any] = [
+                    Sparse(one, engine_of(one, opened, context), masks_of(one, truth)) for one in part
+                ]
                 about = [engine.about for engine in engines]
                 results = compare_kept(
                     context.shelf, dense, engines, windows, about=about, text=record, given=PREFIX + 1, job=context.job
@@ -73,8 +75,17 @@ def _batches(able: Sequence[Contender]) -> Iterator[Sequence[Contender]]:
             yield group[begin : begin + _AT_ONCE]
 
 
-def _engine(contender: Contender, opened: dict[tuple[Any, ...], Engine], context: BenchContext) -> Engine:
-    """An engine that runs the contender, shared with those that differ in policy or recorded masks alone."""
+def engine_of(
+    contender: Contender, opened: dict[tuple[Any, ...], Engine], context: BenchContext, prefix: int | None = None
+) -> Engine:
+    """An engine that runs the contender, shared with those that differ in policy or recorded masks alone.
+
+    Args:
+        contender: to run.
+        opened: engines with one prefix, to which this one is added; the caller closes them.
+        context: of the bench.
+        prefix: tokens that masks leave whole; None for those of quality.
+    """
     asked = contender.asked
     key: tuple[Any, ...] = (contender.bits,)
     if contender.method in FIXED:
@@ -86,20 +97,25 @@ def _engine(contender: Contender, opened: dict[tuple[Any, ...], Engine], context
         if asked is not None:
             # Fixed masks are replayed, so that one engine serves all of them.
             kind = "oracle" if contender.method in FIXED else asked["kind"]
-            plan = sparse_plan(contender.tables, {**asked, "kind": kind, "prefix": PREFIX})
+            whole = PREFIX if prefix is None else prefix
+            plan = sparse_plan(contender.tables, {**asked, "kind": kind, "prefix": whole})
         opened[key] = open_engine(contender.whole, threads=context.threads, plan=plan)
     engine = opened[key]
     contender.ran_by, contender.activation_mode = engine.name, engine.activation_mode
     return engine
 
 
-def _masks(contender: Contender, truth: _Truth) -> Replay | np.ndarray | None:
-    """The recorded masks of a contender that predicts none: of every window, or one for all tokens."""
+def masks_of(contender: Contender, truth: _Truth | None = None) -> Replay | np.ndarray | None:
+    """The recorded masks of a contender that predicts none: of every window, or one for all tokens.
+
+    ``truth`` is for the oracle's.
+    """
     if contender.method not in FIXED or contender.asked is None:
         return None
     asked, predictor = contender.asked, contender.tables.mask_predictor
     assert predictor is not None  # it was compressed so
     if contender.method == "oracle":
+        assert truth is not None
         return truth.masks(predictor, contender.sparsity, asked["allocation"])
     mask = constant_mask(
         contender.tables.architecture,
