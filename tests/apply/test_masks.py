@@ -15,6 +15,7 @@ from safetensors.numpy import load_file, save_file
 
 from workbench.analysis.divergence import final_states, log_probabilities
 from workbench.apply.compress import compress
+from workbench.apply.configs import fewest_tokens, sampled_length, window_length
 from workbench.apply.mask_examples import Examples, Span, collect
 from workbench.apply.mask_net import MaskNet, per_layer_spec, unified_spec
 from workbench.apply.mask_training import regress
@@ -418,6 +419,31 @@ def test_what_the_model_cannot_give_is_refused(make_model: Callable[..., LoadedM
     job.cancel()
     with pytest.raises(Cancelled):
         compress(model, recipe(model), job=job)
+
+
+@pytest.mark.parametrize("scope", ["token", "every", "reply"])
+@pytest.mark.parametrize("prefix", [0, 60, 64, 130])
+def test_the_fewest_tokens_that_hold_a_decision_are_named_at_once(scope: str, prefix: int) -> None:
+    asked: dict[str, Any] = {"scope": scope, "prefix": prefix}
+    shortest = PredictedSparsityConfig(**asked).shortest
+    span = Span(scope, 8 if scope == "every" else 1, 32, prefix)  # type: ignore[arg-type]
+    assert span.places(shortest)
+    with pytest.raises(CorpusError):
+        span.places(shortest - 1)
+    fewest = max(512, fewest_tokens(shortest))
+    assert window_length(sampled_length(fewest)) >= shortest
+    assert PredictedSparsityConfig(**asked, calibration_tokens=fewest).calibration_tokens == fewest
+    if fewest > 512:
+        with pytest.raises(RecipeError, match=rf"calibration_tokens = {fewest - 1} .* at least {fewest}"):
+            PredictedSparsityConfig(**asked, calibration_tokens=fewest - 1)
+
+
+def test_a_context_that_holds_no_decision_is_refused_before_sampling(make_model: Callable[..., LoadedModel]) -> None:
+    model, stages = make_model(), list[str]()
+    long = recipe(model, prefix=480, calibration_tokens=8192)  # the model's context is 512 tokens
+    with pytest.raises(RecipeError, match="prefix = 480 is not possible"):
+        compress(model, long, job=Job(lambda state: stages.append(state.stage)))
+    assert not any("sample" in stage for stage in stages)
 
 
 BAD_PLANS: dict[str, tuple[dict[str, Any], str]] = {

@@ -6,6 +6,7 @@ import json
 import shlex
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,12 @@ from workbench.apply.precision_config import PrecisionConfig
 from workbench.apply.recipe import Recipe
 from workbench.apply.rtn import RtnConfig
 from workbench.apply.sparsity_config import PredictedSparsityConfig
+from workbench.cli.sparse import Sparse
+from workbench.formats.compressed import CompressedModel
 from workbench.models import load
+from workbench.runtime.base import StepTrace
+from workbench.runtime.mask_safety import Verdict
+from workbench.runtime.plan import Scope
 
 Command = Callable[..., Any]
 NESTED = NestedConfig(widths=(2, 3, 5), group_size=16, fit="rounded")
@@ -163,7 +169,9 @@ def test_what_runs_dense_says_why(workbench: Command, masked: Path) -> None:
     asked = ("generate", masked, "Hello", "--new-tokens", "16", "--engine", "reference", "--sparsity", "0.3")
     found = workbench(*asked, "--important", "--json").json
     assert (found["dense_because"], found["effective_sparsity"]) == ("important", 0)
-    assert "Ran dense: important." in workbench(*asked, "--important").err
+    said = workbench(*asked, "--important").err
+    assert "Nothing was left out, the request ran dense: important." in said
+    assert "expected" not in said
     found = workbench(*asked, "--json").json
     assert 0.5 < found["confidence"] < 1
     assert found["dense_because"] == ("low confidence" if found["confidence"] < found["lowest_confidence"] else None)
@@ -173,6 +181,30 @@ def test_what_runs_dense_says_why(workbench: Command, masked: Path) -> None:
         assert safe["dense_because"] == "unlike the calibration text"
     else:
         assert safe["dense_because"] == found["dense_because"]
+
+
+def test_a_share_that_is_missed_is_said_once_there_is_enough_text(masked: Path) -> None:
+    predictor = CompressedModel.load(masked).mask_predictor
+    assert predictor is not None
+    step = StepTrace(position=0, token=0, seconds=0.0, read_bytes=0)
+
+    def left_out(share: float, count: int) -> list[StepTrace]:
+        return [replace(step, position=at, kept_weights=1 - share) for at in range(count)]
+
+    inputs = Sparse(engine=None, asked=0.4, wanted=0.4, expected=0.4)  # type: ignore[arg-type]
+    assert inputs.missed(left_out(0.42, 40), 5) == ""
+    assert inputs.missed(left_out(0.3, 10), 5) == ""
+    assert "30.0% of the blocks' weights were left out, 40.0% was asked for" in inputs.missed(left_out(0.3, 40), 5)
+    assert "--log" not in inputs.missed(left_out(0.3, 40), 5)
+    masks = replace(inputs, predictor=predictor, scope=Scope("token"))
+    text = left_out(0.0, 4) + left_out(0.4, 40)[4:]  # the prefix of 4 tokens is whole
+    assert masks.missed(text, 2) == ""
+    short = masks.missed(left_out(0.0, 4) + left_out(0.3, 40)[4:], 2)
+    assert "after the first 4 tokens" in short
+    assert "--log" in short
+    assert "calibration_tokens" in short
+    dense = replace(masks, verdict=Verdict(dense_because="important"))
+    assert dense.missed(left_out(0.0, 40), 2) == ""
 
 
 def test_a_predictor_is_retuned_from_logged_counts(workbench: Command, masked: Path, tmp_path: Path) -> None:

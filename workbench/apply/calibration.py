@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from workbench.apply.configs import BATCH, SHORTEST
 from workbench.apply.configs import FEWEST_TOKENS as FEWEST_TOKENS
+from workbench.apply.configs import SHORTEST, WINDOW, sampled_length, window_length
 from workbench.apply.configs import Calibrated as Calibrated
 from workbench.apply.configs import CalibrationText as CalibrationText
 from workbench.apply.parts import Parts
@@ -13,8 +13,6 @@ from workbench.corpus import Split, TextRecord, open_text, windows
 from workbench.errors import CorpusError, RecipeError
 from workbench.models.base import LoadedModel
 from workbench.progress import Job
-
-_WINDOW, _SAMPLED = 512, 576  # tokens; text encoded again can come out shorter than it was sampled
 
 
 def check_finite(model: LoadedModel, way_out: str | None = None) -> None:
@@ -71,10 +69,9 @@ def _sampled(
     kept = parts.find(name)
     if kept is not None:
         return [tuple(window) for window in kept.tensors["windows"].tolist()], TextRecord.model_validate(kept.facts)
-    # Documents as long as the tokens allow in one batch, and shorter than the context by what a start takes.
-    length = min(_SAMPLED, model.architecture.context_length - 8, -(-n_tokens // BATCH))
+    length = sampled_length(n_tokens, model.architecture.context_length)
     corpus = open_text("self", split, model=model, n_tokens=n_tokens, seed=seed, length=length, job=job)
-    found = [window.tokens for window in windows(corpus, model, max(2, length * _WINDOW // _SAMPLED))]
+    found = [window.tokens for window in windows(corpus, model, window_length(length))]
     record = corpus.record(sum(map(len, found)))
     parts.keep(name, {"windows": torch.tensor(found, dtype=torch.int32)}, record.model_dump(mode="json"))
     return found, record
@@ -85,7 +82,7 @@ def _windows_of(
 ) -> tuple[list[tuple[int, ...]], TextRecord]:
     """Windows drawn evenly over a text's domains; shorter ones where its documents are short."""
     corpus = open_text(text, split)
-    length = min(_WINDOW, model.architecture.context_length)
+    length = min(WINDOW, model.architecture.context_length)
     while True:
         try:
             found = windows(corpus, model, length, limit=-(-n_tokens // length), seed=seed)

@@ -15,6 +15,25 @@ from workbench.formats.limits import BLOCK_SIZES
 SHORTEST = 64  # tokens of a sampled document: shorter ones have few tokens with a past
 BATCH = 8  # documents that are sampled together
 FEWEST_TOKENS = BATCH * SHORTEST  # that calibration windows are made of
+WINDOW, SAMPLED = 512, 576  # tokens; text encoded again can come out shorter than it was sampled
+_STARTS = 8  # tokens at most that a sampled document continues, beside its own
+LONG_CONTEXT = SAMPLED + _STARTS  # that no document is shortened for
+
+
+def sampled_length(n_tokens: int, context: int = LONG_CONTEXT) -> int:
+    """Tokens of a sampled document: as long as the tokens allow in one batch, and shorter than the model's context."""
+    return min(SAMPLED, context - _STARTS, -(-n_tokens // BATCH))
+
+
+def window_length(sampled: int) -> int:
+    """Tokens of the calibration windows of sampled documents of that length."""
+    return max(2, sampled * WINDOW // SAMPLED)
+
+
+def fewest_tokens(window: int) -> int:
+    """The fewest calibration tokens that make windows of at least that length."""
+    return BATCH * (-(-window * SAMPLED // WINDOW) - 1) + 1
+
 
 CalibrationText = Literal["self", "prose", "pydoc"]
 

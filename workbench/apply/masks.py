@@ -56,12 +56,13 @@ class PredictedSparsityMethod:
         """Measure and learn; the dense model is left as it was.
 
         Raises:
-            RecipeError: blocks or a tap that the model does not have, outputs that are not finite, too little text.
-            CorpusError: texts too short for a decision.
+            RecipeError: blocks or a tap that the model does not have, outputs that are not finite, too little text, or
+                texts too short for a decision; the last before anything is sampled.
             Cancelled: by ``job``, between texts, epochs or steps.
         """
         model, parts = draft.model, draft.parts
         spec = spec_of(model.architecture, config)
+        config.check_text(model.architecture.context_length)
         check_finite(model)
         windows, text = calibration_windows(model, config.calibration_tokens, seed, job, "tuning", parts=parts)
         span = Span(config.scope, config.n, config.span, config.prefix)

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, Self
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, model_validator
 
 from workbench.apply.config import MethodConfig, Stage, Whole
-from workbench.apply.configs import FEWEST_TOKENS
+from workbench.apply.configs import (
+    BATCH,
+    FEWEST_TOKENS,
+    LONG_CONTEXT,
+    SAMPLED,
+    fewest_tokens,
+    sampled_length,
+    window_length,
+)
+from workbench.errors import RecipeError
 
 Criterion = Literal["plainact", "fisher", "grad_norm", "magnitude", "preactivation", "weighted"]
 Share = Annotated[float, Field(gt=0, lt=1)]
@@ -72,3 +81,41 @@ class PredictedSparsityConfig(MethodConfig):
     tune_sparsities: Annotated[tuple[Share, ...], AfterValidator(_shares)] = (0.3, 0.5)
     aggregates: Annotated[tuple[Criterion, ...], AfterValidator(_criteria)] = ("magnitude",)
     calibration_tokens: Annotated[Whole, Field(ge=FEWEST_TOKENS)] = 13824
+
+    @property
+    def shortest(self) -> int:
+        """Tokens of the shortest text that holds a decision and all that it governs."""
+        if self.scope == "reply":
+            return max(self.prefix, 1) + self.span
+        n = self.n if self.scope == "every" else 1
+        return -(-self.prefix // n) * n + n
+
+    def check_text(self, context: int) -> None:
+        """Refuse what cannot hold one decision, before anything is sampled for it.
+
+        Args:
+            context: of the model, tokens.
+
+        Raises:
+            RecipeError: too few calibration tokens, or a prefix that no text of this context goes beyond.
+        """
+        longest = window_length(sampled_length(BATCH * SAMPLED, context))
+        if longest < self.shortest:
+            self._refuse("prefix", self.prefix, f"the longest texts here have {longest}")
+        found = window_length(sampled_length(self.calibration_tokens, context))
+        if found < self.shortest:
+            fewest = fewest_tokens(self.shortest)
+            why = f"these give texts of {found}; it must be at least {fewest}, or the prefix shorter"
+            self._refuse("calibration_tokens", self.calibration_tokens, why)
+
+    def _refuse(self, field: str, value: int, why: str) -> None:
+        governs = "its reply" if self.scope == "reply" else "what it governs"
+        raise RecipeError(
+            f"Method '{self.method}': {field} = {value} is not possible: a decision after the first {self.prefix} "
+            f"tokens, with {governs}, takes a text of {self.shortest}, and {why}."
+        )
+
+    @model_validator(mode="after")
+    def _holds_a_decision(self) -> Self:
+        self.check_text(LONG_CONTEXT)
+        return self

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from workbench.runtime.mask_safety import MaskWatch, Verdict
     from workbench.runtime.plan import Scope
 
+_MISSED, _FEWEST_STEPS = 0.05, 16  # a share further off than that, over so many steps or more, is worth a warning
 _SCOPES = "token, every:N (N tokens from one decision to the next, such as every:8) or reply"
 
 
@@ -29,7 +30,8 @@ class Sparse:
     Attributes:
         engine: opened under the plan.
         asked: the sparsity that was asked for.
-        expected: share of the blocks' weights that held-out text leaves out, first tokens apart.
+        wanted: the same as a share of all weights of the blocks: masks leave keys and values whole.
+        expected: that share, of held-out text, first tokens apart.
         predictor: what chooses heads and neurons; None where small inputs are left out.
         scope: when it chooses; None likewise.
         watch: judges prompts; None where small inputs are left out, or where the model keeps no statistics.
@@ -42,6 +44,7 @@ class Sparse:
 
     engine: Engine
     asked: float
+    wanted: float
     expected: float
     predictor: MaskPredictor | None = None
     scope: Scope | None = None
@@ -65,6 +68,7 @@ class Sparse:
         """What ``--json`` says, of all steps of a text whose first ``prompt`` were its prompt."""
         found: dict[str, Any] = {"sparsity": self.asked, "expected_sparsity": self.expected}
         found["effective_sparsity"] = self.left_out(steps, prompt)
+        found["warning"] = self.missed(steps, prompt) or None
         if self.predictor is not None and self.scope is not None:
             found["scope"] = f"every:{self.scope.n}" if self.scope.kind == "every" else self.scope.kind
             found["prefix"] = self.prefix
@@ -83,6 +87,28 @@ class Sparse:
         counted = steps if self.predictor is None else steps[prompt:]
         return 1 - sum(step.kept_weights for step in counted) / len(counted) if counted else None
 
+    def missed(self, steps: Sequence[StepTrace], prompt: int) -> str:
+        """What to say where text leaves out another share than was asked for; empty where it does not, or is short."""
+        counted = steps if self.predictor is None else [s for s in steps[prompt:] if s.position >= self.prefix]
+        if self.dense_because or len(counted) < _FEWEST_STEPS:
+            return ""
+        found = 1 - sum(step.kept_weights for step in counted) / len(counted)
+        if abs(found - self.wanted) <= _MISSED:
+            return ""
+        fit = "fit it with more calibration_tokens"
+        if self.predictor is not None:
+            fit = f"count such text with --log and run 'workbench retune', or {fit}"
+        where = "" if self.predictor is None or not self.prefix else f" after the first {self.prefix} tokens"
+        return (
+            f"Warning: {found:.1%} of the blocks' weights were left out{where}, {self.wanted:.1%} was asked for: this "
+            f"text is unlike the one that thresholds come from; {fit}."
+        )
+
+    @property
+    def dense_because(self) -> str:
+        """Why the request ran dense, once it did; empty where it did not."""
+        return "" if self.verdict is None else self.verdict.dense_because
+
     @property
     def prefix(self) -> int:
         """Tokens at the beginning of a text that stay whole; a decision for the reply has the prompt in its place."""
@@ -92,7 +118,7 @@ class Sparse:
 
     def said(self, steps: Sequence[StepTrace], prompt: int) -> list[str]:
         """The same in lines."""
-        lines = [self._used(steps, prompt)]
+        lines = [line for line in (self._used(steps, prompt), self.missed(steps, prompt)) if line]
         found = self.verdict
         if found is None:
             return lines
@@ -105,15 +131,15 @@ class Sparse:
             lines.append(
                 f"The predictor is unsure of this prompt: {found.confidence:.5f}, usual is {found.lowest:.5f} and more."
             )
-        if found.dense_because:
-            sure = f" ({found.confidence:.5f}, usual is {found.lowest:.5f} and more)" if found.unsure else ""
-            lines.append(f"Ran dense: {found.dense_because}{sure}.")
         if self.watch is None and not self.important:
             lines.append("Nobody watched: the model was made before statistics were kept. Compress it again for that.")
         return lines
 
     def _used(self, steps: Sequence[StepTrace], prompt: int) -> str:
-        left_out = self.left_out(steps, prompt)
+        left_out, found = self.left_out(steps, prompt), self.verdict
+        if found is not None and found.dense_because:
+            sure = f" ({found.confidence:.5f}, usual is {found.lowest:.5f} and more)" if found.unsure else ""
+            return f"Nothing was left out, the request ran dense: {found.dense_because}{sure}."
         if self.predictor is None:
             return (
                 f"{left_out or 0:.1%} of the blocks' weights were not used, prompt included; {self.expected:.1%} "
@@ -176,6 +202,7 @@ def open_sparse(
     guard: bool | None = None,
     fail_safe: bool = False,
     log: Path | None = None,
+    device: str = "cpu",
 ) -> Sparse:
     """Open a compressed model that leaves a share of its weights out.
 
@@ -191,22 +218,25 @@ def open_sparse(
     compressed = CompressedModel.load(model)
     architecture = compressed.architecture
     if compressed.mask_predictor is not None:
-        from workbench.runtime.mask_shares import expected_left_out, mask_thresholds
+        from workbench.runtime.mask_shares import expected_left_out, mask_thresholds, total_weights
         from workbench.runtime.masks import mask_plan, scope_of_predictor
 
         predictor = compressed.mask_predictor
         chosen = scope_of_predictor(predictor) if wanted is None else wanted
         plan = mask_plan(architecture, predictor, sparsity, scope=chosen)
         expected = expected_left_out(architecture, predictor, mask_thresholds(architecture, predictor, sparsity))
+        wanted_share = sparsity * total_weights(architecture) / sum(unit.n_weights for unit in architecture.units)
         watch = None
         if predictor.statistics is not None or fail_safe or log is not None:
             from workbench.runtime.mask_safety import MaskWatch
 
             watch = MaskWatch(architecture, predictor, sparsity)
         counted = None if log is None else open_log(log, compressed.sha256, predictor)
-        opened = open_engine(compressed, engine=engine, plan=plan, threads=threads, job=job)
+        opened = open_engine(compressed, engine=engine, plan=plan, threads=threads, device=device, job=job)
+        guarding = guard is not False
         return Sparse(
-            opened, sparsity, expected, predictor, chosen, watch, important, guard is not False, fail_safe, counted
+            *(opened, sparsity, wanted_share, expected, predictor, chosen, watch, important, guarding, fail_safe),
+            log=counted,
         )
     if compressed.input_cuts is None:
         raise InputError(
@@ -231,4 +261,5 @@ def open_sparse(
     expected = expected_sparsity(architecture, cuts, input_thresholds(architecture, cuts, sparsity))
     # Without sparsity, as without the option: the layout for it rounds activations otherwise and takes longer.
     cut = input_plan(architecture, cuts, sparsity) if sparsity != 0 else None
-    return Sparse(open_engine(compressed, engine=engine, plan=cut, threads=threads, job=job), sparsity, expected)
+    opened = open_engine(compressed, engine=engine, plan=cut, threads=threads, device=device, job=job)
+    return Sparse(opened, sparsity, sparsity, expected)
