@@ -160,9 +160,7 @@ def test_speed_is_measured_against_the_same_weights_whole(quick: list[dict[str, 
             assert 0 <= entry["decider_share"] < 1
 
 
-def test_masks_are_in_force_from_the_prefix_that_timing_asks_for(model_folder: Path, patched: Any) -> None:
-    context = BenchContext(str(model_folder), None, 1, quick=True)
-    listed = sparsity_methods.contenders(load(str(model_folder)), context)
+def test_masks_are_in_force_from_the_prefix_that_timing_asks_for(listed: list[sparsity_methods.Contender]) -> None:
     prompt = list(range(40, 45))
     for contender in [c for c in listed if c.timed and c.asked is not None]:
         asked = {**contender.asked, "prefix": len(prompt)}  # type: ignore[dict-item]
@@ -177,10 +175,11 @@ def test_masks_are_in_force_from_the_prefix_that_timing_asks_for(model_folder: P
         running.close()
 
 
-def test_an_oracle_replays_the_masks_of_the_true_scores(model_folder: Path, patched: Any) -> None:
+def test_an_oracle_replays_the_masks_of_the_true_scores(
+    model_folder: Path, listed: list[sparsity_methods.Contender]
+) -> None:
     context = BenchContext(str(model_folder), None, 1, quick=True)
     model: LoadedModel = load(str(model_folder))
-    listed = sparsity_methods.contenders(model, context)
     oracle = next(c for c in listed if c.method == "oracle" and c.bits == 16 and c.sparsity == 0.3)
     truth = sparsity_quality._Truth(model)
     masks = sparsity_quality.masks_of(oracle, truth)
@@ -202,15 +201,16 @@ def test_an_oracle_replays_the_masks_of_the_true_scores(model_folder: Path, patc
     running.close()
 
 
-def test_no_contender_but_the_oracle_sees_later_text(model_folder: Path, patched: Any) -> None:
+def test_no_contender_but_the_oracle_sees_later_text(
+    model_folder: Path, listed: list[sparsity_methods.Contender]
+) -> None:
     context = BenchContext(str(model_folder), None, 1, quick=True)
     model = load(str(model_folder))
-    listed = [c for c in sparsity_methods.contenders(model, context) if c.bits == 4 and c.sparsity in (0.0, 0.3)]
     truth, opened = sparsity_quality._Truth(model), dict[Any, Any]()
     generator = torch.Generator().manual_seed(1)
     tokens = torch.randint(0, 256, (40,), generator=generator).tolist()
     other = tokens[:30] + torch.randint(0, 256, (10,), generator=generator).tolist()
-    for contender in listed:
+    for contender in [c for c in listed if c.bits == 4 and c.sparsity in (0.0, 0.3)]:
         running = sparsity_quality.engine_of(contender, opened, context)
         side = sparsity_quality.Sparse(contender, running, sparsity_quality.masks_of(contender, truth))
         before, after = (np.concatenate([r for _, r in side.log_probabilities(text)])[:30] for text in (tokens, other))
@@ -219,7 +219,7 @@ def test_no_contender_but_the_oracle_sees_later_text(model_folder: Path, patched
         running.close()
 
 
-def test_quality_is_kept_between_runs(model_folder: Path, patched: Any) -> None:
+def test_quality_is_kept_between_runs(model_folder: Path, listed: list[sparsity_methods.Contender]) -> None:
     kept: dict[str, Any] = {}
 
     class Memory:
@@ -231,15 +231,22 @@ def test_quality_is_kept_between_runs(model_folder: Path, patched: Any) -> None:
 
     context = BenchContext(str(model_folder), None, 1, quick=True, shelf=Memory())
     model = load(str(model_folder))
-    listed = [c for c in sparsity_methods.contenders(model, context) if c.bits == 16]
+    able = [c for c in listed if c.bits == 16]
     windows = [Window(tuple(range(40 + i, 80 + i)), f"d{i}", "x", "en") for i in range(3)]
-    first = sparsity_quality.measure_quality(model, listed, windows, None, context)  # type: ignore[arg-type]
-    assert len(kept) == len(listed)  # no two of them were taken for one another
-    again = sparsity_quality.measure_quality(model, listed, windows, None, context)  # type: ignore[arg-type]
-    for one in listed:
+    first = sparsity_quality.measure_quality(model, able, windows, None, context)  # type: ignore[arg-type]
+    assert len(kept) == len(able)  # no two of them were taken for one another
+    again = sparsity_quality.measure_quality(model, able, windows, None, context)  # type: ignore[arg-type]
+    for one in able:
         assert again[one].measured_at is not None
         assert again[one].facts == first[one].facts
         assert again[one].kl_mean == first[one].kl_mean
+    count = len(kept)
+    answers = sparsity_questions.measure_answers(model, able, context)
+    assert len(kept) == count + 1 + len(answers)  # the dense model's are one more
+    again_answered = sparsity_questions.measure_answers(model, able, context)
+    assert all(columns.pop("answers_measured_at") is not None for columns in again_answered.values())
+    assert all(columns.pop("answers_measured_at") is None for columns in answers.values())
+    assert again_answered == answers
 
 
 def test_all_that_could_choose_while_writing_answer_questions(
@@ -275,10 +282,9 @@ def test_answers_are_given_under_masks(quick: list[dict[str, Any]]) -> None:
 
 
 def test_answers_are_scored_under_masks_from_the_last_token_of_the_question_on(
-    model_folder: Path, patched: Any
+    model_folder: Path, listed: list[sparsity_methods.Contender]
 ) -> None:
     context = BenchContext(str(model_folder), None, 1, quick=True)
-    listed = sparsity_methods.contenders(load(str(model_folder)), context)
     generator = torch.Generator().manual_seed(2)
     tokens, begin = torch.randint(0, 256, (30,), generator=generator).tolist(), 20
     other = [*tokens[:-1], (tokens[-1] + 1) % 256]
