@@ -250,12 +250,17 @@ def _texts(store: Store, options: ReluOptions, teacher: LoadedModel | None, job:
 def _sampled(store: Store, teacher: LoadedModel, split: Split, n_tokens: int, seed: int, job: Job) -> Corpus:
     """Text of the teacher in rounds, each of which the store keeps."""
     documents: list[Document] = []
-    for number in range(-(-n_tokens // _ROUND)):
+    rounds, kept = -(-n_tokens // _ROUND), 0
+    for number in range(rounds):
         own = int.from_bytes(hashlib.sha256(f"relu/{seed}/{number}".encode()).digest()[:4], "big")
         wanted = min(_ROUND, n_tokens - number * _ROUND)
         found = analyze(store, SampledText(teacher, split, wanted, seed=own), job)
+        kept += found.cached
         corpus = sampled_corpus(found.profile)
         documents += [replace(one, name=f"{one.name}/{number}") for one in corpus.documents]
+    if kept:
+        purpose = "train on" if split == "calibration" else "measure on"
+        job.note(f"Text to {purpose} was sampled before: {kept} of {rounds} round{'s' * (rounds > 1)} kept.")
     return Corpus("self", split, tuple(documents))
 
 

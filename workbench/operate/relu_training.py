@@ -189,7 +189,8 @@ def train(
             lowest.copy_(kept[f"best.{name}"])
         _restore(optimizer, kept)
         checks = [(row[0], row[1], row[2]) for row in kept["checks"].tolist()]
-        job.note(f"Going on after an interrupted training: {checks[-1][0]:.0f} of {options.steps} steps are kept.")
+        done = int(checks[-1][0])
+        job.note(f"Going on after an interrupted training, from step {done} of {options.steps}: its state is kept.")
     step = int(checks[-1][0]) if checks else 0
     job.stage("train the ReLU model", options.steps, done=step)
     losses: list[float] = []
