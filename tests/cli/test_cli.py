@@ -184,6 +184,27 @@ def test_a_model_that_is_not_there_is_one_error_everywhere(workbench: Callable[.
         CompressedModel.load(none)
 
 
+def test_a_device_that_is_not_there_is_an_error_at_once(
+    workbench: Callable[..., Any], tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    good, out = recipe_for(tmp_path), tmp_path / "o"
+    for arguments, code, said in (
+        (("compress", tiny_folder, "--recipe", good, "--out", out, "--device", "cuda"), 2, "sees 0 CUDA devices"),
+        (("compress", tiny_folder, "--recipe", good, "--out", out, "--device", "gpu"), 2, "choose cpu, cuda"),
+        (("generate", tiny_folder, "Hi", "--device", "cuda"), 2, "sees 0 CUDA devices"),
+        (("generate", tiny_folder, "Hi", "--device", "cuda", "--engine", "cpu"), 5, "does not run on 'cuda'"),
+    ):
+        outcome = workbench(*arguments)
+        assert outcome.code == code, arguments
+        assert said in outcome.line, arguments
+    assert not out.exists()
+    made = workbench("compress", tiny_folder, "--recipe", good, "--out", out, "--device", "cpu")
+    assert made.code == 0, made.err
+    refused = workbench("generate", out, "Hi", "--device", "cuda", "--engine", "cpu")
+    assert refused.code == 5, "a folder is no way around it"
+
+
 def test_compress_goes_on_after_an_interruption(
     workbench: Callable[..., Any], tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

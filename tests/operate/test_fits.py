@@ -9,12 +9,14 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from workbench.analysis.sampled_text import SampledText
 from workbench.apply import anyprecision, awq, calibration, gptq, nested, nested_tune, precision
 from workbench.apply.anyprecision import AnyPrecisionConfig
 from workbench.apply.awq import AwqConfig
@@ -286,6 +288,16 @@ def test_a_stored_fit_of_an_older_version_of_a_method_is_not_taken(
     old = fit_folder(store, model, Recipe.for_model(model, AWQ))
     monkeypatch.setattr(AwqConfig, "version", AwqConfig.version + 1)
     assert fit_folder(store, model, Recipe.for_model(model, AWQ)) != old
+
+
+def test_a_fit_on_another_device_is_another(store: Store, folder: Path) -> None:
+    model = load(str(folder))
+    moved = replace(model, device=torch.device("cuda"))
+    learnt, rounded = (Recipe.for_model(model, method) for method in (AWQ, RtnConfig(group_size=16)))
+    assert fit_folder(store, moved, learnt) != fit_folder(store, model, learnt)
+    assert fit_folder(store, moved, rounded) == fit_folder(store, model, rounded)
+    assert parts_key(moved, learnt) != parts_key(model, learnt)
+    assert SampledText(moved, "tuning", 64).provenance.key != SampledText(model, "tuning", 64).provenance.key
 
 
 def test_a_damaged_stored_fit_is_made_again(

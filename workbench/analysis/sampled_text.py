@@ -10,9 +10,9 @@ from workbench.analysis.common import model_provenance
 from workbench.analysis.profile import Profile
 from workbench.corpus import Corpus, Document, Split, open_text
 from workbench.corpus.base import check_split
+from workbench.corpus.sampled import sampled_by
 from workbench.models.base import LoadedModel
 from workbench.progress import Job
-from workbench.runtime import choose_engine
 
 
 class SampledText:
@@ -34,7 +34,7 @@ class SampledText:
             "split": split,
             "n_tokens": n_tokens,
             "length": length,
-            "sampled_by": choose_engine("auto", model),
+            "sampled_by": sampled_by(model),
         }
         self.provenance = model_provenance("sampled-text", model, None, seed, parameters)
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from workbench.cli import console
-from workbench.cli.options import EngineName, Json, Threads, require_compressed
+from workbench.cli.options import DeviceName, EngineName, Json, Threads, require_compressed
 from workbench.cli.sparse import Sparse, open_sparse
 from workbench.errors import InputError
 from workbench.files import check_output_file
@@ -85,6 +85,7 @@ def generate(
         ),
     ] = None,
     engine: EngineName = "auto",
+    device: DeviceName = "cpu",
     threads: Threads = None,
     as_json: Json = False,
 ) -> None:
@@ -112,15 +113,17 @@ def generate(
     sparse: Sparse | None = None
     with console.running(quiet=True) as job:
         if sparsity is not None:
-            sparse = open_sparse(model, sparsity, scope, engine, threads, job, important, guard, fail_safe, log)
+            sparse = open_sparse(
+                *(model, sparsity, scope, engine, threads, job, important, guard, fail_safe, log), device=device
+            )
             opened = sparse.engine
         elif target is None:
-            opened = _at_width(model, width, engine, threads, job)
+            opened = _at_width(model, width, engine, threads, job, device)
             sequence = opened.start(seed=seed)
         else:
             compressed, selectors = _with_selectors(model, "--target reads")
             counted = None if log is None else _log(log, compressed, selectors)
-            opened = _at_target(compressed, selectors, target, engine, threads, job)
+            opened = _at_target(compressed, selectors, target, engine, threads, job, device)
             sequence = opened.start(seed=seed)
             watched = _held(opened, sequence, compressed, target, hold is not False, fail_safe, counted)
         loaded = opened.model
@@ -264,14 +267,20 @@ def _with_selectors(model: str, purpose: str) -> tuple[CompressedModel, Selector
 
 
 def _at_target(
-    compressed: CompressedModel, selectors: Selectors, target: float, engine: str, threads: int | None, job: Job
+    compressed: CompressedModel,
+    selectors: Selectors,
+    target: float,
+    engine: str,
+    threads: int | None,
+    job: Job,
+    device: str,
 ) -> Engine:
     """Open an engine that chooses widths per token, with the thresholds of calibration."""
     from workbench.runtime import open_engine
     from workbench.runtime.precision import precision_plan
 
     plan = precision_plan(compressed.architecture, selectors, target)
-    return open_engine(compressed, engine=engine, plan=plan, threads=threads, job=job)
+    return open_engine(compressed, engine=engine, plan=plan, threads=threads, device=device, job=job)
 
 
 def _held(
@@ -293,12 +302,12 @@ def _held(
     return Held(engine, sequence, controller, log)
 
 
-def _at_width(model: str, width: int | None, engine: str, threads: int | None, job: Job) -> Engine:
+def _at_width(model: str, width: int | None, engine: str, threads: int | None, job: Job, device: str) -> Engine:
     """Open an engine; with a width, on a nested model that is read at it."""
     from workbench.runtime import open_engine
 
     if width is None:
-        return open_engine(model, engine=engine, threads=threads, job=job)
+        return open_engine(model, engine=engine, threads=threads, device=device, job=job)
     from workbench.formats.compressed import CompressedModel
     from workbench.runtime.plan import width_plan
 
@@ -308,4 +317,4 @@ def _at_width(model: str, width: int | None, engine: str, threads: int | None, j
         offered = ", ".join(map(str, compressed.widths)) or "none: compress with the method 'nested'"
         raise InputError(f"--width {width} is not possible: this model offers {offered}.")
     plan = width_plan(compressed.architecture, compressed.widths, width)
-    return open_engine(compressed, engine=engine, plan=plan, threads=threads, job=job)
+    return open_engine(compressed, engine=engine, plan=plan, threads=threads, device=device, job=job)

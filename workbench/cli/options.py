@@ -15,6 +15,9 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
 ModelName = Annotated[str, typer.Argument(metavar="MODEL", help="smollm2-135m, a folder, a GGUF file or a hub id.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="Threads of the engines; one per usable core if not given.")]
 EngineName = Annotated[str, typer.Option(help="auto, reference or cpu.")]
+DeviceName = Annotated[
+    str, typer.Option(help="Where the model computes: cpu, cuda or cuda:1; one that is not there is an error.")
+]
 
 
 def require_text(name: str) -> None:

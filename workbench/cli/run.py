@@ -9,7 +9,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from workbench.cli import console
-from workbench.cli.options import EngineName, Json, ModelName, Quiet, Threads, require_compressed, require_text
+from workbench.cli.options import (
+    DeviceName,
+    EngineName,
+    Json,
+    ModelName,
+    Quiet,
+    Threads,
+    require_compressed,
+    require_text,
+)
 from workbench.files import check_folder, check_output_file, write_json
 from workbench.progress import duration
 
@@ -66,10 +75,14 @@ def compress(
     allow_other_weights: Annotated[
         bool, typer.Option("--allow-other-weights", help="Use a recipe made for another fine-tune, knowingly.")
     ] = False,
+    device: DeviceName = "cpu",
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Carry out a recipe and write the compressed model."""
+    """Carry out a recipe and write the compressed model.
+
+    With --device cuda whatever is fitted on text is fitted there, on text that is sampled there.
+    """
     from workbench.apply.recipe import Recipe
 
     chosen = Recipe.load(recipe)
@@ -81,7 +94,7 @@ def compress(
     from workbench.store import Store
 
     with Store() as store, console.running(quiet or as_json) as job:
-        dense = load(model, job=job)
+        dense = load(model, device=device, job=job)
         chosen.check_model(dense, allow_other_weights=allow_other_weights)
         compressed = compress_into(
             store, dense, chosen, folder, overwrite=overwrite, allow_other_weights=allow_other_weights, job=job

@@ -15,12 +15,12 @@ import torch
 from workbench.analysis.common import model_provenance
 from workbench.apply.compress import compress
 from workbench.apply.recipe import Recipe
+from workbench.corpus.sampled import sampled_by
 from workbench.errors import IntegrityError
 from workbench.formats.compressed import CompressedModel
 from workbench.formats.folder import is_compressed
 from workbench.models.base import LoadedModel
 from workbench.progress import Job
-from workbench.runtime import choose_engine
 from workbench.store import Store
 
 log = logging.getLogger(__name__)
@@ -36,8 +36,9 @@ def fitted(
 ) -> CompressedModel:
     """Return the compressed model of a recipe, made now or read from the store.
 
-    It is stored under what decides its bytes: methods, seed and weights, so that recipes that say no more than that in
-    other words find it, and those that add a method go on from it. Its ``fit_seconds`` is the time of the first fit.
+    It is stored under what decides its bytes: methods, seed, weights and kind of device, so that recipes that say no
+    more than that in other words find it, and those that add a method go on from it. Its ``fit_seconds`` is the time of
+    the first fit.
 
     Raises:
         RecipeError: as ``compress``.
@@ -63,7 +64,9 @@ def fit_folder(store: Store, model: LoadedModel, recipe: Recipe) -> Path:
     """Where the store keeps what a recipe gives that ``Recipe.for_model`` wrote."""
     # Version 1 goes without saying. What an older version of a method made is not taken for the newer one's.
     versions = "".join(f"-{m.method}.{m.version}" for m in recipe.methods if m.version > 1)
-    return store.model_folder(f"fit-{model.fingerprint.weights[:12]}-{recipe.sha256[:16]}{versions}")
+    # A fit on another device learns from other text, and sums in another order: other bytes.
+    where = "" if model.device.type == "cpu" or not recipe.learns else f"-{model.device.type}"
+    return store.model_folder(f"fit-{model.fingerprint.weights[:12]}-{recipe.sha256[:16]}{versions}{where}")
 
 
 def _stored(folder: Path) -> CompressedModel | None:
@@ -138,7 +141,7 @@ def parts_key(model: LoadedModel, recipe: Recipe) -> str:
     """Name of the checkpoint of the last method of a recipe: everything that the parts of its fit depend on."""
     parameters = {
         "methods": [[config.version, config.model_dump(mode="json")] for config in recipe.methods],
-        "sampled_by": choose_engine("auto", model),
+        "sampled_by": sampled_by(model),
         "threads": torch.get_num_threads(),  # sums are split among them, and rounded so
     }
     return model_provenance("fit", model, None, recipe.seed, parameters).key

@@ -79,6 +79,8 @@ def open_engine(
         ModelError, IntegrityError: the model cannot be loaded.
     """
     choose_engine(engine)
+    if engine == "cpu" and device != "cpu":
+        raise EngineError(f"The cpu engine does not run on '{device}': use device cpu, or the reference engine.")
     if isinstance(target, str | Path):
         from workbench.formats.folder import is_compressed
 
@@ -95,8 +97,6 @@ def open_engine(
             else load(str(target), dtype=dtype, device=device, job=job)
         )
     name = choose_engine(engine, target) if device == "cpu" else "reference"
-    if engine == "cpu" and device != "cpu":
-        raise EngineError(f"The cpu engine does not run on '{device}': use device cpu, or the reference engine.")
     if name == "cpu":
         from workbench.runtime.cpu import CpuEngine
 
