@@ -226,6 +226,40 @@ def test_a_predictor_is_retuned_from_logged_counts(workbench: Command, masked: P
     assert "another model" in workbench("retune", out, "--log", log, "--out", tmp_path / "more").line
 
 
+def test_a_predictor_is_trained_on_from_features_of_dense_requests(
+    workbench: Command, masked: Path, tiny_folder: Path, tmp_path: Path
+) -> None:
+    model, kept, out = load(str(tiny_folder)), tmp_path / "kept.safetensors", tmp_path / "retuned"
+    masks = PredictedSparsityConfig(
+        criterion="magnitude", width=16, prefix=4, epochs=1, decisions_per_text=8, calibration_tokens=1024
+    )
+    recipe = Recipe.for_model(model, RtnConfig(bits=8, group_size=16), masks)
+    able = compress(model, recipe).save(tmp_path / "able")
+    asked = ("--sparsity", "0.3", "--log-features", kept, "--new-tokens", "40", "--json")
+    refused = workbench("generate", masked, "Hello", "--important", *asked)
+    assert refused.code == 2
+    assert "criterion 'magnitude'" in refused.line
+    assert "only with --sparsity" in workbench("generate", able, "Hello", "--log-features", kept).line
+    assert workbench("generate", able, "Hello", "--no-guard", *asked).code == 0  # under masks: nothing is kept
+    refused = workbench("retune", able, "--features", kept, "--out", out)
+    assert refused.code == 2
+    assert "0 tokens in 0 requests" in refused.line
+    for word in range(17):
+        assert workbench("generate", able, f"What is {word}?", "--important", *asked).code == 0
+    done = workbench("retune", able, "--features", kept, "--out", out, "--json")
+    if done.code == 0:
+        assert done.json["error_after"] < done.json["error_before"]
+        assert done.json["tokens"] > 256
+        assert workbench("generate", out, "Hello", "--sparsity", "0.3", "--new-tokens", "8").code == 0
+    else:
+        assert "no better" in done.line
+        assert not out.exists()
+    assert "Give one of" in workbench("retune", able, "--out", tmp_path / "x").line
+    assert "Give one of" in workbench("retune", able, "--out", tmp_path / "x", "--log", kept, "--features", kept).line
+    plain = compress(model, Recipe.for_model(model, RtnConfig(bits=8, group_size=16))).save(tmp_path / "plain")
+    assert "predicts no masks" in workbench("retune", plain, "--features", kept, "--out", tmp_path / "x").line
+
+
 def test_a_predicted_sparsity_that_cannot_be_is_refused(workbench: Command, masked: Path, sparse: Path) -> None:
     for model, arguments, message in (
         (masked, ("--sparsity", "0.9"), "is not possible here"),

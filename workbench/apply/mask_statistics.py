@@ -60,7 +60,7 @@ def statistics_of(
         hidden.append(stored.hidden_of(rows[few.numpy()]).astype(np.float16))
         scores = stored.scores(rows[held.numpy()]).astype(np.float64)
         roots = part_roots(net, examples, means, index)[held].double().numpy()
-        errors += [_error(scores[:, a:b], roots[:, a:b]) for _, a, b in net.spec.blocks_of(part)]
+        errors += [score_error(scores[:, a:b], roots[:, a:b]) for _, a, b in net.spec.blocks_of(part)]
     lengths = [_SHORTEST]
     while 2 * lengths[-1] < len(windows[0]):
         lengths.append(2 * lengths[-1])
@@ -79,7 +79,7 @@ def statistics_of(
     return replace(found, drift=drift.float().numpy())
 
 
-def _error(scores: np.ndarray, roots: np.ndarray) -> float:
+def score_error(scores: np.ndarray, roots: np.ndarray) -> float:
     """Scatter of scores about what they stand for, in units of the score; see ``MaskStatistics``."""
     spread, wanted = float(scores.std()), float(roots.std())
     if spread == 0 or wanted == 0:

@@ -73,6 +73,13 @@ def generate(
             "this file."
         ),
     ] = None,
+    log_features: Annotated[
+        Path | None,
+        typer.Option(
+            help="With --sparsity, where it is predicted: add what the predictor read at some tokens of a request that "
+            "runs dense, for 'retune --features'. Whoever has this file and the model can find out those tokens."
+        ),
+    ] = None,
     sparsity: Annotated[
         float | None,
         typer.Option(help="Share of the weights not to use: models with input sparsity or predicted sparsity."),
@@ -108,13 +115,15 @@ def generate(
         _require(asked, "--target", "the average bits to read at")
     if sparsity is None:
         asked = {"--scope": scope is not None, "--important": important, "--guard": guard is not None}
+        asked |= {"--log-features": log_features is not None}
         _require(asked, "--sparsity", "the share of the weights not to use")
     watched: Held | None = None
     sparse: Sparse | None = None
     with console.running(quiet=True) as job:
         if sparsity is not None:
+            switches = (important, guard, fail_safe)
             sparse = open_sparse(
-                *(model, sparsity, scope, engine, threads, job, important, guard, fail_safe, log), device=device
+                *(model, sparsity, scope, engine, threads, job, *switches, log), device=device, features=log_features
             )
             opened = sparse.engine
         elif target is None:
@@ -133,6 +142,8 @@ def generate(
             sequence, reply = sparse.reply(ids, new_tokens, seed=seed, **options)
             if sparse.log is not None and log is not None:
                 sparse.log.save(log)
+            if sparse.features is not None and log_features is not None:
+                sparse.features[0].save(log_features)
         else:
             between = watched.look if watched is not None else None
             reply = opened.generate(sequence, ids, new_tokens, on_token=watched, between=between, **options)
@@ -180,14 +191,18 @@ def generate(
 
 def retune(
     model: Annotated[str, typer.Argument(metavar="DIR", help="A model with dynamic precision or predicted sparsity.")],
-    log: Annotated[Path, typer.Option(help="What 'generate --log' counted.")],
     out: Annotated[Path, typer.Option(help="Folder for the retuned model; the other one is left as it is.")],
+    log: Annotated[Path | None, typer.Option(help="What 'generate --log' counted: moves thresholds alone.")] = None,
+    features: Annotated[
+        Path | None,
+        typer.Option(help="What 'generate --log-features' kept: trains the predictor of masks on, and its thresholds."),
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a compressed model that is there.")] = False,
     as_json: Json = False,
 ) -> None:
     """Fit the thresholds of dynamic precision or predicted sparsity to text as it is, from logged counts.
 
-    Weights and predictors stay the same.
+    Weights stay the same, and so do predictors, unless features of requests that ran dense are given.
     """
     from dataclasses import replace
 
@@ -196,11 +211,18 @@ def retune(
     from workbench.runtime import mask_log, precision_log
 
     require_compressed(model, "retune reads")
-    _keep_apart(Path(model), log, out)
+    if (log is None) == (features is None):
+        raise InputError("Give one of --log, which moves thresholds, and --features, which trains the predictor on.")
+    given = log or features
+    assert given is not None  # one of them is
+    _keep_apart(Path(model), given, out)
     folder = check_output_folder(out, overwrite=overwrite)
-    compressed = CompressedModel.load(model)
-    if (predictor := compressed.mask_predictor) is not None:
-        masks = mask_log.MaskLog.load(log, compressed.sha256, predictor)
+    compressed, figures = CompressedModel.load(model), dict[str, float]()
+    if features is not None:
+        made, tokens, figures = _trained_on(compressed, model, features)
+        counted_as = "tokens of requests that ran dense"
+    elif (predictor := compressed.mask_predictor) is not None:
+        masks = mask_log.MaskLog.load(given, compressed.sha256, predictor)
         tokens, counted_as = masks.decisions, "decisions"
         made = replace(compressed, mask_predictor=mask_log.retuned(predictor, masks))
     elif compressed.input_cuts is not None:
@@ -211,17 +233,49 @@ def retune(
     else:
         compressed, selectors = _with_selectors(model, "retune reads")
         counted_as = "tokens"
-        counted = precision_log.PrecisionLog.load(log, compressed.sha256, selectors)
+        counted = precision_log.PrecisionLog.load(given, compressed.sha256, selectors)
         tokens = counted.tokens
         made = replace(compressed, selectors=precision_log.retuned(selectors, counted))
     made = replace(made, folder=None, recorded_sha256=None)
     made.save(folder, overwrite=overwrite)
     if as_json:
         console.show_json(
-            {"out": str(folder), "sha256": made.sha256, "retuned_from": compressed.sha256, "tokens": tokens}
+            {"out": str(folder), "sha256": made.sha256, "retuned_from": compressed.sha256, "tokens": tokens, **figures}
         )
         return
+    if figures:
+        console.say(
+            f"Squared error of predicted scores on requests held out: {figures['error_before']:.3f} of their variance "
+            f"before, {figures['error_after']:.3f} now."
+        )
     console.say(f"Retuned on {tokens:,} {counted_as}: {folder}. Measure it before it replaces the other.")
+
+
+def _trained_on(
+    compressed: CompressedModel, model: str, features: Path
+) -> tuple[CompressedModel, int, dict[str, float]]:
+    """The model with its predictor of masks trained on, on how many tokens, and held-out errors.
+
+    Raises:
+        InputError: nothing to train, or an outcome that is no better than what there was.
+    """
+    from dataclasses import replace
+
+    from workbench.apply.mask_retrain import retrained
+    from workbench.runtime.feature_log import FeatureLog
+
+    predictor = compressed.mask_predictor
+    if predictor is None:
+        raise InputError(f"{model} predicts no masks: --features is for models with 'predicted-sparsity'.")
+    log = FeatureLog.load(features, compressed.sha256, predictor)
+    found = retrained(compressed.architecture, predictor, log)
+    if found.after >= found.before:
+        raise InputError(
+            f"On requests held out the trained predictor is no better (squared error {found.after:.3f} of the scores' "
+            f"variance, {found.before:.3f} before), so nothing was written: log more requests."
+        )
+    figures = {"error_before": found.before, "error_after": found.after}
+    return replace(compressed, mask_predictor=found.predictor), len(log.scores), figures
 
 
 def _require(given: dict[str, bool], option: str, what: str) -> None:

@@ -13,8 +13,10 @@ from workbench.files import check_output_file
 
 if TYPE_CHECKING:
     from workbench.formats.mask_predictor import MaskPredictor
+    from workbench.models.base import Architecture
     from workbench.progress import Job
     from workbench.runtime.base import Engine, StepTrace
+    from workbench.runtime.feature_log import FeatureLog, FeatureReader
     from workbench.runtime.mask_log import MaskLog
     from workbench.runtime.mask_safety import MaskWatch, Verdict
     from workbench.runtime.plan import Scope
@@ -39,6 +41,7 @@ class Sparse:
         guard: it does where the predictor is unsure.
         fail_safe: it does too where it is unlike the calibration text.
         log: what requests are counted in.
+        features: where tokens of a request that runs dense are kept, and what reads them.
         verdict: of the prompt, once it is read.
     """
 
@@ -53,6 +56,7 @@ class Sparse:
     guard: bool = True
     fail_safe: bool = False
     log: MaskLog | None = None
+    features: tuple[FeatureLog, FeatureReader] | None = None
     verdict: Verdict | None = None
 
     def reply(self, ids: Sequence[int], new_tokens: int, **options: Any) -> tuple[Any, list[int]]:
@@ -60,7 +64,8 @@ class Sparse:
         from workbench.runtime.mask_safety import guarded_reply
 
         options |= {"important": self.important, "guard": self.guard, "fail_safe": self.fail_safe}
-        sequence, reply, verdict = guarded_reply(self.engine, self.watch, ids, new_tokens, log=self.log, **options)
+        options |= {"log": self.log, "features": self.features}
+        sequence, reply, verdict = guarded_reply(self.engine, self.watch, ids, new_tokens, **options)
         self.verdict = None if self.predictor is None else verdict
         return sequence, reply
 
@@ -173,6 +178,25 @@ def open_log(path: Path, model: str, predictor: MaskPredictor) -> MaskLog:
     return MaskLog.load(path, model, predictor) if path.exists() else MaskLog.empty(model, predictor)
 
 
+def open_features(
+    path: Path, model: str, architecture: Architecture, predictor: MaskPredictor
+) -> tuple[FeatureLog, FeatureReader]:
+    """The features at a path, or none yet, and what adds to them.
+
+    Raises:
+        InputError: a predictor that nothing could be trained on for.
+    """
+    from workbench.runtime.feature_log import FeatureLog, FeatureReader, why_no_features
+    from workbench.runtime.mask_safety import site_of
+
+    if (why := why_no_features(predictor)) is not None:
+        raise InputError(f"--log-features is of no use for this predictor: {why}.")
+    check_output_file(path)
+    log = FeatureLog.load(path, model, predictor) if path.exists() else FeatureLog.empty(model, predictor)
+    sites = tuple(site_of(architecture, part) for part in predictor.parts)
+    return log, FeatureReader(architecture, predictor, sites, log)
+
+
 def scope_of(text: str) -> Scope:
     """A scope as it is given on the command line.
 
@@ -203,6 +227,7 @@ def open_sparse(
     fail_safe: bool = False,
     log: Path | None = None,
     device: str = "cpu",
+    features: Path | None = None,
 ) -> Sparse:
     """Open a compressed model that leaves a share of its weights out.
 
@@ -232,11 +257,13 @@ def open_sparse(
 
             watch = MaskWatch(architecture, predictor, sparsity)
         counted = None if log is None else open_log(log, compressed.sha256, predictor)
+        kept = None if features is None else open_features(features, compressed.sha256, architecture, predictor)
         opened = open_engine(compressed, engine=engine, plan=plan, threads=threads, device=device, job=job)
         guarding = guard is not False
         return Sparse(
             *(opened, sparsity, wanted_share, expected, predictor, chosen, watch, important, guarding, fail_safe),
             log=counted,
+            features=kept,
         )
     if compressed.input_cuts is None:
         raise InputError(
@@ -249,6 +276,7 @@ def open_sparse(
         "--guard": guard is not None,
         "--fail-safe": fail_safe,
         "--log": log is not None,
+        "--log-features": features is not None,
     }
     for name in (name for name, given in named.items() if given):
         raise InputError(

@@ -2,7 +2,8 @@
 
 Where scores lay between the quantiles that the model keeps gives quantiles of the text that was read, so that a
 sparsity is held on such text too (``retuned``). The network itself stays: what its scores should have been is not known
-while running. Nothing puts them live: they make another model.
+while weights are left out (``feature_log`` is of requests that run dense). Nothing puts them live: they make another
+model.
 """
 
 from __future__ import annotations

@@ -19,6 +19,7 @@ from workbench.formats.mask_statistics import MaskStatistics
 from workbench.models.base import Architecture
 from workbench.progress import Job
 from workbench.runtime.base import GREEDY, Engine, Sampler
+from workbench.runtime.feature_log import FeatureLog, FeatureReader
 from workbench.runtime.mask_log import MaskLog
 from workbench.runtime.mask_shares import mask_thresholds, predictor_groups
 from workbench.runtime.plan import Policy
@@ -87,7 +88,7 @@ class MaskWatch:
             for group, cut in zip(groups, thresholds, strict=True)
         ]  # groups that stay whole say nothing
         self._weights = np.repeat(weights, sizes)
-        self.sites = tuple(_site(architecture, part) for part in predictor.parts)
+        self.sites = tuple(site_of(architecture, part) for part in predictor.parts)
         self.lowest = float(np.quantile(self._confidence([h.astype(np.float32) for h in self.statistics.held]), _LOW))
         self.band = float(stdtrit(int(self.statistics.texts) - 1, 1 - _FALSE / 2))
 
@@ -175,6 +176,7 @@ def guarded_reply(
     stop_tokens: Sequence[int] = (),
     job: Job | None = None,
     log: MaskLog | None = None,
+    features: tuple[FeatureLog, FeatureReader] | None = None,
 ) -> tuple[Any, list[int], Verdict]:
     """Reply under an engine's mask plan, or dense where that is called for.
 
@@ -196,6 +198,7 @@ def guarded_reply(
         job: see there.
         log: what the request is added to, with every decision that was looked at (none of a sequence that runs dense);
             taps are then read all along, which takes time. With a watch alone.
+        features: where a sample of its tokens goes if it runs dense, and what takes it.
 
     Returns:
         The sequence, its new tokens, and what is known of the prompt.
@@ -233,7 +236,14 @@ def guarded_reply(
     engine.set_policy(Policy(values=dict.fromkeys(engine.plan.slots, 1.0)))
     sequence = engine.start(seed=seed)
     engine.set_policy(Policy())
-    reply = engine.generate(sequence, prompt, new_tokens, **options)
+    if features is not None:
+        engine.set_tap(features[1], numpy=True)
+    try:
+        reply = engine.generate(sequence, prompt, new_tokens, **options)
+    finally:
+        engine.set_tap(None)
+    if features is not None:
+        features[0].finish()
     _counted(log, sequence, len(prompt), verdict)
     return sequence, reply, verdict
 
@@ -256,7 +266,7 @@ class _Dense(Exception):
     """The request is to run dense: leaves the generation that found it out."""
 
 
-def _site(architecture: Architecture, part: MaskPart) -> str:
+def site_of(architecture: Architecture, part: MaskPart) -> str:
     """Where an engine's tap shows what a part reads."""
     if part.tap == "residual":
         return f"blocks.{part.block}"
