@@ -23,7 +23,7 @@ from workbench.measure.sparse_plans import sparse_policy
 from workbench.measure.tasks import TaskResult, paired
 from workbench.models.base import LoadedModel
 from workbench.runtime import open_engine
-from workbench.runtime.base import Engine
+from workbench.runtime.base import Engine, StepTrace
 from workbench.runtime.masks import whole_policy
 from workbench.runtime.plan import Policy
 
@@ -80,11 +80,11 @@ class Answering:
     """An engine that answers under a contender's masks; ``measure.tasks`` asks for what is here and no more."""
 
     def __init__(self, engine: Engine, contender: Contender | None = None) -> None:
-        self._engine = engine
+        self._engine: Any = engine
         self.name, self.activation_mode, self.plan = engine.name, engine.activation_mode, engine.plan
         self.context_length, self.model = engine.context_length, engine.model
         self.isa = str(getattr(engine, "isa", ""))
-        self._before, self._policy, self._mask = Policy(), Policy(), None
+        self._policy, self._mask, self._predicted = Policy(), None, False
         self._left = list[float]()  # of each step that part of an answer is predicted from
         self.about: list[Any] = []
         if contender is None or contender.asked is None:
@@ -95,8 +95,7 @@ class Answering:
             self._mask = found
         else:
             self._policy = sparse_policy(contender.tables, contender.asked)
-            predicted = contender.asked["kind"] == "predicted"
-            self._before = whole_policy(engine.plan) if predicted else self._policy
+            self._predicted = contender.asked["kind"] == "predicted"
         self.about = [contender.method, contender.sparsity, contender.criterion, contender.asked]
         self.about += [self._policy, self._mask]
 
@@ -106,19 +105,33 @@ class Answering:
 
     def score(self, tokens: Sequence[int], *, prompt_length: int = 1) -> np.ndarray:
         """Natural-log probability of ``tokens[1:]``, float32 (len - 1,): 0 of those that belong to the question."""
-        engine, begin = self._engine, prompt_length - 1
-        sequence = engine.start(replay=self._recorded(len(tokens), begin))
+        begin = prompt_length - 1
+        trace, found = (self._stepped if self._predicted else self._in_one_pass)(tokens, begin)
+        self._left += [1 - step.kept_weights for step in trace[begin : len(tokens) - 1]]
+        found[:begin] = 0
+        return found
+
+    def _in_one_pass(self, tokens: Sequence[int], begin: int) -> tuple[list[StepTrace], np.ndarray]:
+        trace = list[StepTrace]()
+        self._engine.set_policy(self._policy)
+        # All of it as the prompt, so that no pass is cut where a reply would begin: nothing here decides for one.
+        recorded = self._recorded(len(tokens), begin)
+        found = self._engine.score(tokens, prompt_length=len(tokens), replay=recorded, trace=trace)
+        return trace, found.copy()
+
+    def _stepped(self, tokens: Sequence[int], begin: int) -> tuple[list[StepTrace], np.ndarray]:
+        """Thresholds move where the question's last token begins, so what follows is fed token by token."""
+        engine, found = self._engine, np.zeros(len(tokens) - 1, dtype=np.float32)
+        sequence = engine.start()
         if begin:
-            engine.set_policy(self._before)
+            engine.set_policy(whole_policy(engine.plan))
             engine.prefill(sequence, tokens[:begin])
         engine.set_policy(self._policy)
-        found = np.zeros(len(tokens) - 1, dtype=np.float32)
         for at in range(begin, len(tokens) - 1):
             (logits,) = engine.step([sequence], [tokens[at]]).astype(np.float64)
             highest = logits.max()
             found[at] = logits[tokens[at + 1]] - highest - np.log(np.exp(logits - highest).sum())
-        self._left += [1 - step.kept_weights for step in sequence.trace[begin:]]
-        return found
+        return sequence.trace, found
 
     def _recorded(self, length: int, begin: int) -> list[dict[str, Any]] | None:
         if self._mask is None:
