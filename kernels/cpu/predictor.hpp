@@ -3,9 +3,8 @@
 //   h = relu(hidden_steps * (hidden x) + hidden_bias),  x = tap / its root mean square
 //   score = mean + row_steps * (rows h'),  mask = score > threshold of the unit's group
 //
-// where h' is h rounded to whole multiples of 1 / 127 of its highest (`formats/mask_scores.py` defines it), so that sums are
-// exact integers,
-// and a group keeps at least its floor of units, those of the highest scores, ties to the lower index.
+// where h' is h rounded to multiples of a 127th of its highest (`formats/mask_scores.py` defines it), so that sums are exact
+// integers. No score goes through memory, but of a group that keeps too few: its scores are computed again. And a group keeps at least its floor of units, those of the highest scores, ties to the lower index.
 #pragma once
 
 #include "plan.hpp"

@@ -137,7 +137,7 @@ class PredictedMask:
 
     @property
     def bytes(self) -> int:
-        """Codes, steps, bias and means, and a threshold and a floor per group, as a decision reads them."""
+        """Codes, steps, bias and means, and a threshold and a floor per group: the most that a decision reads."""
         return int(self.hidden.nbytes + self.rows.nbytes + 8 * len(self.hidden) + 8 * self.size + 8 * len(self.floors))
 
     def scores(self, taps: np.ndarray) -> np.ndarray:
