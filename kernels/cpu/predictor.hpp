@@ -4,7 +4,8 @@
 //   score = mean + row_steps * (rows h'),  mask = score > threshold of the unit's group
 //
 // where h' is h rounded to multiples of a 127th of its highest (`formats/mask_scores.py` defines it), so that sums are exact
-// integers. No score goes through memory, but of a group that keeps too few: its scores are computed again. And a group keeps at least its floor of units, those of the highest scores, ties to the lower index.
+// integers. A group keeps at least its floor of units, those of the highest scores, ties to the lower index: where fewer are
+// above the threshold its scores are computed again, as no scores go through memory.
 #pragma once
 
 #include "plan.hpp"
