@@ -167,7 +167,8 @@ void Decoder::add_decider(Decider decider) {
   if (decider.block < 0 || decider.block >= spec_.blocks) throw std::invalid_argument("A decider reads a block that is not there.");
   if (decider.scope == ScopeKind::every && decider.every < 1) throw std::invalid_argument("A decider decides every 1 or more positions.");
   decider.place = decider.program->is_mask() ? n_masks_++ : n_values_++;
-  if (decider.scope != ScopeKind::reply) decider_bytes_ += decider.bytes / (decider.scope == ScopeKind::every ? decider.every : 1);
+  decider.bytes /= decider.scope == ScopeKind::every ? decider.every : 1;
+  if (decider.scope == ScopeKind::reply) decider.bytes = 0;  // once, beside a prompt
   if (!decides_early(decider))
     blocks_[static_cast<std::size_t>(decider.block)].deciders[static_cast<std::size_t>(decider.tap)].push_back(static_cast<int>(deciders_.size()));
   deciders_.push_back(std::move(decider));
@@ -391,7 +392,10 @@ void Decoder::run(const std::vector<Feed>& feeds, Logits logits, const Visit& vi
   pass.single = n == 1 && !tap_;
   for (auto& s : pass.scores) s.resize(kQueries * (round_up(static_cast<std::size_t>(highest) + 16, 16) + static_cast<std::size_t>(padded(spec_.head_dim))));
   std::fill(pass.integers.begin(), pass.integers.begin() + n, IntegerCounts{});
-  std::fill(pass.read.begin(), pass.read.begin() + n, has_consumers_ ? decider_bytes_ : linear_bytes_);
+  std::fill(pass.read.begin(), pass.read.begin() + n, has_consumers_ ? 0.0 : linear_bytes_);
+  for (std::size_t i = 0; i < deciders_.size() && has_consumers_; ++i)
+    if (deciders_[i].bytes > 0)
+      for (std::size_t r = 0; r < pass.rows.size(); ++r) pass.read[r] += pass.rows[r].sequence->held.is_fixed[i] ? 0.0 : deciders_[i].bytes;
   std::fill(pass.used.begin(), pass.used.begin() + n, has_consumers_ ? 0.0 : linear_weights_);
   pass.parts = {};
   laps_ = 0;

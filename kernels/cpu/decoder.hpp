@@ -172,7 +172,7 @@ class Decoder {
   std::vector<Format> formats_;
   int n_values_ = 0, n_masks_ = 0;
   bool has_consumers_ = false, finished_ = false;
-  double linear_bytes_ = 0, decider_bytes_ = 0, linear_weights_ = 0;
+  double linear_bytes_ = 0, linear_weights_ = 0;
   int laps_ = 0;
   Tap tap_;
   std::unique_ptr<Pass> pass_;

@@ -6,6 +6,7 @@
 #include "columns.hpp"
 #include "isa.hpp"
 #include "matrix.hpp"
+#include "scores.hpp"
 
 namespace wb {
 
@@ -50,6 +51,10 @@ struct Kernels {
   Product integer;      // integer codes and activations, sums exact
   // y[i][linear] = W x[i], or += where `add`, for the outputs of one part and rows i < n; bias[linear] or null.
   void (*columns)(const Columns& w, const ColumnPart& part, const ActiveInputs* x, int n, const float* const* bias, float* const* const* y, bool add);
+  // Of a predictor's row of hidden units, for outputs [first, last) (whole granules of one chunk): sums, what lies from
+  // there to `end` asked for ahead; and 1 in to[i] where the score of output first + i is above a threshold, else 0.
+  void (*score_sums)(const ScoreMatrix& w, const ActiveUnits& x, int first, int last, int end, std::int32_t* sums);
+  void (*scores_above)(const ScoreMatrix& w, float scale, const std::int32_t* sums, int first, int n, float threshold, std::uint8_t* to);
   // Round a row at a position: codes (laid_out), scale and offset (parts), and what was clamped or beyond calibration.
   // NaN and infinity give a NaN scale.
   void (*quantize_integer)(const IntegerInput& in, const float* x, int position, std::int8_t* q, float* scale, std::int32_t* offset,

@@ -6,6 +6,7 @@
 #include "integer_impl.hpp"
 #include "products_impl.hpp"
 #include "rows_impl.hpp"
+#include "scores_impl.hpp"
 #include "vectors_impl.hpp"
 
 namespace wb {
@@ -26,6 +27,8 @@ constexpr Kernels make_kernels(Isa isa) {
   k.rows_dense_bf16 = rows_dense_bf16<V>;
   k.integer = integer<V>;
   k.columns = columns<V>;
+  k.score_sums = score_sums<V>;
+  k.scores_above = scores_above<V>;
   k.quantize_integer = quantize_integer<V>;
   k.rms_norm = rms_norm<V>;
   k.layer_norm = layer_norm<V>;

@@ -492,13 +492,13 @@ void Decoder::Pass::predict(std::size_t i, int t, const float* source, std::size
     const auto [first_hidden, last_hidden] = share(p.hidden_tiles(), t, nt);
     p.hidden(k, space, n, first_hidden, last_hidden);
     d.pool_->barrier();
-    for (int r = first_row; r < last_row; ++r) p.activate(k, space, r);
+    for (int r = first_row; r < last_row; ++r) p.activate(space, r);
     d.pool_->barrier();
-    const auto [first, last] = share(p.tiles(), t, nt);
+    const auto [first, last] = share(p.granules(), t, nt);
     p.cut(k, space, n, first, last, to_predicted.data());
     d.pool_->barrier();
     const auto [first_group, last_group] = share(n * p.groups(), t, nt);
-    for (int item = first_group; item < last_group; ++item) p.fill(space, item / p.groups(), item % p.groups(), to_predicted[static_cast<std::size_t>(item / p.groups())]);
+    for (int item = first_group; item < last_group; ++item) p.fill(k, space, item / p.groups(), item % p.groups(), to_predicted[static_cast<std::size_t>(item / p.groups())]);
     d.pool_->barrier();
     if (t == 0)
       for (int r = 0; r < n; ++r)

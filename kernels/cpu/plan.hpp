@@ -62,7 +62,7 @@ struct Decider {
   int every;
   float initial;
   std::unique_ptr<Program> program;
-  double bytes = 0;  // that a decision reads
+  double bytes = 0;  // that a decision reads; of one that a decoder has, a step's share of it
   int place = 0;     // among the values of a row, or among its masks
 };
 

@@ -1,9 +1,11 @@
 // A mask of many units predicted from one tap: two matrices of int8 codes, whose products all threads share.
 //
 //   h = relu(hidden_steps * (hidden x) + hidden_bias),  x = tap / its root mean square
-//   score = mean + row_steps * (rows h),  mask = score > threshold of the unit's group
+//   score = mean + row_steps * (rows h'),  mask = score > threshold of the unit's group
 //
-// and a group keeps at least its floor of units, those of the highest scores, ties to the lower index.
+// where h' is h rounded to multiples of a 127th of its highest (`formats/mask_scores.py` defines it), so that sums are exact
+// integers. A group keeps at least its floor of units, those of the highest scores, ties to the lower index: where fewer are
+// above the threshold its scores are computed again, as no scores go through memory.
 #pragma once
 
 #include "plan.hpp"
@@ -30,15 +32,17 @@ class Predictor final : public Program {
 
   // What is between the tap and the mask, of up to kTogether rows.
   struct Space {
-    Array<float> x, raw, hidden, scores;
-    Array<float> x_sum, hidden_sum;
-    Array<std::uint8_t> x_active, hidden_active;
-    std::vector<Activation> of_x, of_hidden;
-    std::vector<float*> to_raw, to_scores;
+    Array<float> x, raw, x_sum;
+    Array<std::uint8_t> x_active;
+    Array<std::int32_t> units;
+    Array<std::int8_t> q;
+    std::vector<Activation> of_x;
+    std::vector<float*> to_raw;
+    std::vector<ActiveUnits> active;
   };
 
   explicit Predictor(const PredictorSource& source);
-  int size() const override { return rows_.out; }
+  int size() const override { return scores_.out; }
   bool is_mask() const override { return true; }
   const Predictor* predictor() const override { return this; }
   Mask mask(const Kernels& k, const float* tap, int width, int position) const override;
@@ -48,19 +52,20 @@ class Predictor final : public Program {
   const Mask& whole() const { return whole_; }  // of the first positions
   int groups() const { return static_cast<int>(floors_.size()); }
   int hidden_tiles() const { return hidden_.tiles; }
-  int tiles() const { return rows_.tiles; }
+  int granules() const { return scores_.granules; }
   void reserve(Space& space) const;
 
   // In this order, each for all rows and parts before the next.
   void read(const Kernels& k, Space& space, int row, const float* tap) const;
   void hidden(const Kernels& k, Space& space, int n, int first_tile, int last_tile) const;
-  void activate(const Kernels& k, Space& space, int row) const;
-  void cut(const Kernels& k, Space& space, int n, int first_tile, int last_tile, std::uint8_t* const* to) const;
-  void fill(const Space& space, int row, int group, std::uint8_t* to) const;
+  void activate(Space& space, int row) const;
+  void cut(const Kernels& k, const Space& space, int n, int first_granule, int last_granule, std::uint8_t* const* to) const;
+  void fill(const Kernels& k, const Space& space, int row, int group, std::uint8_t* to) const;
 
  private:
   Arena arena_;
-  Matrix hidden_, rows_;
+  ScoreMatrix scores_;
+  Matrix hidden_;
   std::vector<int> groups_, floors_;
   std::vector<float> thresholds_;
   int first_;

@@ -13,6 +13,7 @@
 namespace wb::test {
 
 void integer_products(bool quick);  // test_integer.cpp
+void sparse_products(bool quick);   // test_sparse.cpp
 
 inline std::atomic<long> checks{0}, failures{0};
 

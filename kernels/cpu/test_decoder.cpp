@@ -1077,6 +1077,8 @@ void predictors() {
     for (std::size_t c = 0; c < tap.size(); ++c) sum += static_cast<double>(hidden[u * width + c]) * tap[c] / std::sqrt(squares / width);
     h[u] = std::max(0.0, sum * hidden_steps[u] + bias[u]);
   }
+  const double step = *std::max_element(h.begin(), h.end()) / 127;
+  for (double& v : h) v = std::nearbyint(v / step) * step;
   for (std::size_t i = 0; i < scores.size(); ++i) {
     double sum = 0;
     for (std::size_t u = 0; u < h.size(); ++u) sum += rows[i * units + u] * h[u];
@@ -1190,6 +1192,7 @@ int main(int argc, char** argv) {
   part("plans", [&] { plans(quick); });
   part("misuse of plans", plan_misuse);
   part("predictors", predictors);
+  part("sparse products", [&] { sparse_products(quick); });
   part("NaN", poison);
   part("threads and lifetimes", [&] { threads_and_lifetimes(quick); });
   part("decoders", [&] { decoders(quick); });

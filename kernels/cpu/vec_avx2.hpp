@@ -95,6 +95,20 @@ struct Avx2 {
   static I izero() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
   static I iset(std::int32_t v) { return {_mm256_set1_epi32(v), _mm256_set1_epi32(v)}; }
   static I iadd(I x, I y) { return {_mm256_add_epi32(x.a, y.a), _mm256_add_epi32(x.b, y.b)}; }
+  static I iload(const std::int32_t* p) { return bytes(reinterpret_cast<const std::uint8_t*>(p)); }
+  static void istore(std::int32_t* p, I v) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), v.a);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p + 8), v.b);
+  }
+  // 1 where x > y, else 0.
+  static void store_above(std::uint8_t* p, F x, F y) {
+    const auto above = [](__m256 a, __m256 b) {
+      const __m256i all = _mm256_castps_si256(_mm256_cmp_ps(a, b, _CMP_GT_OQ));
+      return _mm_packs_epi32(_mm256_castsi256_si128(all), _mm256_extracti128_si256(all, 1));
+    };
+    const __m128i all = _mm_packs_epi16(above(x.a, y.a), above(x.b, y.b));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm_and_si128(all, _mm_set1_epi8(1)));
+  }
   static F to_float(I v) { return {_mm256_cvtepi32_ps(v.a), _mm256_cvtepi32_ps(v.b)}; }
 
   static B bytes(const std::uint8_t* p) {
@@ -129,7 +143,14 @@ struct Avx2 {
     const __m256i x = _mm256_set1_epi32(four);
     return {dot_half<Wide>(sum.a, codes.a, x), dot_half<Wide>(sum.b, codes.b, x)};
   }
-  // The same with activations of the same channels as the codes, 64 of each.
+  // The same of 4 signed codes and 4 activations of 0 to 127: the sum of two products fits 16 bits.
+  static I dot_signed(I sum, B codes, const std::int8_t* a) {
+    std::int32_t four;
+    std::memcpy(&four, a, 4);
+    const __m256i x = _mm256_set1_epi32(four);
+    return {dot_half<false>(sum.a, x, codes.a), dot_half<false>(sum.b, x, codes.b)};
+  }
+  // As `dot`, with activations of the same channels as the codes, 64 of each.
   template <bool Wide>
   static I dot_row(I sum, B codes, const std::int8_t* a) {
     const B x = bytes(reinterpret_cast<const std::uint8_t*>(a));

@@ -64,7 +64,13 @@ struct Avx512 {
   static I izero() { return _mm512_setzero_si512(); }
   static I iset(std::int32_t v) { return _mm512_set1_epi32(v); }
   static I iadd(I a, I b) { return _mm512_add_epi32(a, b); }
+  static I iload(const std::int32_t* p) { return _mm512_loadu_si512(p); }
+  static void istore(std::int32_t* p, I v) { _mm512_storeu_si512(p, v); }
   static F to_float(I v) { return _mm512_cvtepi32_ps(v); }
+  // 1 where a > b, else 0.
+  static void store_above(std::uint8_t* p, F a, F b) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm_maskz_set1_epi8(_mm512_cmp_ps_mask(a, b, _CMP_GT_OQ), 1));
+  }
 
   static B bytes(const std::uint8_t* p) { return _mm512_loadu_si512(p); }
   static B low4(B v) { return _mm512_and_si512(v, _mm512_set1_epi8(0x0F)); }
@@ -93,7 +99,13 @@ struct Avx512 {
     std::memcpy(&four, a, 4);
     return _mm512_dpbusd_epi32(sum, codes, _mm512_set1_epi32(four));
   }
-  // The same with activations of the same channels as the codes, 64 of each.
+  // The same of 4 signed codes and 4 activations of 0 to 127.
+  static I dot_signed(I sum, B codes, const std::int8_t* a) {
+    std::int32_t four;
+    std::memcpy(&four, a, 4);
+    return _mm512_dpbusd_epi32(sum, _mm512_set1_epi32(four), codes);
+  }
+  // As `dot`, with activations of the same channels as the codes, 64 of each.
   template <bool Wide>
   static I dot_row(I sum, B codes, const std::int8_t* a) {
     return _mm512_dpbusd_epi32(sum, codes, _mm512_loadu_si512(a));

@@ -76,6 +76,16 @@ struct Portable {
     for (int i = 0; i < 16; ++i) r.v[i] = a.v[i] + b.v[i];
     return r;
   }
+  static I iload(const std::int32_t* p) {
+    I r;
+    std::memcpy(r.v, p, sizeof r.v);
+    return r;
+  }
+  static void istore(std::int32_t* p, const I& a) { std::memcpy(p, a.v, sizeof a.v); }
+  // 1 where a > b, else 0.
+  static void store_above(std::uint8_t* p, const F& a, const F& b) {
+    for (int i = 0; i < 16; ++i) p[i] = a.v[i] > b.v[i];
+  }
   static F to_float(const I& a) { return each([&](int i) { return static_cast<float>(a.v[i]); }); }
 
   static B bytes(const std::uint8_t* p) {
@@ -111,7 +121,13 @@ struct Portable {
                codes.v[4 * i + 3] * a[3];
     return r;
   }
-  // The same with activations of the same channels as the codes, 64 of each.
+  // The same of 4 signed codes and 4 activations of 0 to 127.
+  static I dot_signed(const I& sum, const B& codes, const std::int8_t* a) {
+    I r = sum;
+    for (int i = 0; i < 64; ++i) r.v[i / 4] += static_cast<std::int8_t>(codes.v[i]) * a[i % 4];
+    return r;
+  }
+  // As `dot`, with activations of the same channels as the codes, 64 of each.
   template <bool Wide>
   static I dot_row(const I& sum, const B& codes, const std::int8_t* a) {
     I r = sum;

@@ -497,6 +497,16 @@ def test_no_sparsity_is_dense_to_the_bit(made: CompressedModel, learnt: Compress
         np.testing.assert_array_equal(found, expected)
 
 
+def test_a_plan_says_what_share_of_inputs_it_expects_to_keep(made: CompressedModel) -> None:
+    arch, cuts = made.architecture, cuts_of(made)
+    for sparsity in (0.0, 0.3, 0.5):
+        consumers = input_plan(arch, cuts, sparsity).consumers
+        expected = [c.expected for c in consumers]
+        assert expected == pytest.approx(1 - input_shares(cuts, sparsity))
+        left = sum((1 - e) * u.n_weights for e, u in zip(expected, arch.units, strict=True))  # type: ignore[operator]
+        assert left / sum(u.n_weights for u in arch.units) == pytest.approx(sparsity, abs=1e-5)
+
+
 def test_more_is_left_out_where_more_is_asked_for(made: CompressedModel) -> None:
     found = []
     for sparsity in (0.0, 0.15, 0.3, 0.5, 0.7):

@@ -14,7 +14,7 @@ from workbench.apply.sparsity_config import Criterion
 from workbench.corpus import Window, questions
 from workbench.measure.bench import BenchContext, run_bench
 from workbench.measure.benches import engine, sparsity, sparsity_methods, sparsity_quality, sparsity_questions
-from workbench.measure.sparse_plans import sparse_plan, sparse_policy
+from workbench.measure.sparse_plans import layout_key, plan_key, sparse_plan, sparse_policy
 from workbench.models import LoadedModel, load
 from workbench.runtime import open_engine
 from workbench.runtime.base import StepTrace
@@ -158,6 +158,14 @@ def test_speed_is_measured_against_the_same_weights_whole(quick: list[dict[str, 
             entry = chosen(quick, method, 0.3, bits)
             assert entry["speed_low"] <= entry["speed_ratio"] <= entry["speed_high"]
             assert 0 <= entry["decider_share"] < 1
+
+
+def test_what_is_timed_is_laid_out_for_its_sparsity() -> None:
+    inputs = [{"kind": "inputs", "sparsity": sparsity, "prefix": 5} for sparsity in (0.3, 0.5)]
+    assert layout_key(inputs[0]) != layout_key(inputs[1])
+    assert plan_key(inputs[0]) == plan_key(inputs[1])
+    masks = [{"kind": "predicted", "sparsity": sparsity} for sparsity in (0.3, 0.7, 0.8)]
+    assert layout_key(masks[0]) == layout_key(masks[1]) != layout_key(masks[2])
 
 
 def test_masks_are_in_force_from_the_prefix_that_timing_asks_for(listed: list[sparsity_methods.Contender]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from workbench.apply.rtn import RtnConfig
 from workbench.errors import EngineError
 from workbench.formats.compressed import CompressedModel
 from workbench.models import LoadedModel
-from workbench.runtime import open_engine
+from workbench.runtime import cpu_columns, open_engine
 from workbench.runtime.cpu import CpuEngine
 from workbench.runtime.cpu_build import kernels
 from workbench.runtime.plan import (
@@ -207,6 +208,30 @@ def test_other_layouts_leave_out_the_same_inputs(tiny_model: LoadedModel, bits: 
     for options in ({"columns": False}, {"planes": True}):
         engine = CpuEngine(codes, plan, threads=2, activation_mode="fp32", **options)
         agrees_but_for_the_edge(rows(engine), expected)
+
+
+def test_columns_are_taken_where_the_expected_share_makes_them_pay(
+    tiny_model: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    codes, plan = small(tiny_model), limits(tiny_model)
+    monkeypatch.setattr(cpu_columns, "_BREAK_EVEN", {4: ((1, 0.5),), 16: ()})
+    tiles, laid_out = (rows(CpuEngine(codes, plan, columns=always, threads=2)) for always in (False, True))
+    assert (tiles != laid_out).any()  # other blocks of activations are rounded
+    for expected, as_if in ((None, tiles), (1.0, tiles), (0.51, tiles), (0.5, laid_out), (0.0, laid_out)):
+        told = Plan(plan.deciders, tuple(replace(c, expected=expected) for c in plan.consumers))
+        np.testing.assert_array_equal(rows(CpuEngine(codes, told, threads=2)), as_if)
+        np.testing.assert_array_equal(rows(CpuEngine(codes, told, columns=False, threads=2)), tiles)
+        np.testing.assert_array_equal(rows(CpuEngine(codes, told, columns=True, threads=2)), laid_out)
+
+
+@pytest.mark.parametrize("bits", [4, 16])
+def test_what_pays_goes_on_paying_with_more_left_out_and_longer_runs(bits: int) -> None:
+    shares, runs = np.linspace(0, 1, 21), (64, 300, 400, 600, 1200, 3000)
+    found = np.array([[cpu_columns.pays(run, bits, share) for share in shares] for run in runs])
+    assert (np.diff(found.astype(int), axis=0) >= 0).all()
+    assert (np.diff(found.astype(int), axis=1) >= 0).all()
+    assert not found[:, 0].any()
+    assert found[-1, -1]
 
 
 def test_weights_are_held_once(tiny_model: LoadedModel) -> None:

@@ -167,6 +167,25 @@ def test_neurons_that_are_masked_are_not_read_where_rows_lie_side_by_side(tiny_m
     assert read[2] < 0.8 * read[1] <= 0.8 * read[0]  # though rows of 48 channels are padded to 64
 
 
+def test_bytes_of_a_predictor_are_counted_where_it_decides(tiny_model: LoadedModel) -> None:
+    """Half of all neurons leave no tile of 16 whole: a mask reads what none does, and the predictor."""
+    plan = predicted_plan(Scope("every", 4))
+    predictor = plan.deciders[0].program.bytes / 4
+    for engine in (CpuEngine(tiny_model, plan, threads=1), ReferenceEngine(tiny_model, plan)):
+        read = []
+        for policy in (Policy(), Policy({"masks": 1.0})):
+            engine.set_policy(policy)
+            trace: list = []
+            engine.score(TEXT[:9], trace=trace)
+            read.append(trace[-1].read_bytes)
+        whole = CpuEngine(tiny_model, threads=1) if isinstance(engine, CpuEngine) else ReferenceEngine(tiny_model)
+        trace = []
+        whole.score(TEXT[:9], trace=trace)
+        assert read[1] == trace[-1].read_bytes
+        if isinstance(engine, CpuEngine):
+            assert read[0] == read[1] + predictor
+
+
 def test_thresholds_of_inputs_are_a_slot_like_any(tiny_model: LoadedModel) -> None:
     plan = threshold_plan(0.4, False)
     engine, reference = CpuEngine(tiny_model, plan, threads=2), ReferenceEngine(tiny_model, plan)

@@ -24,6 +24,7 @@ from tests.runtime.mask_plans import (
     threshold_plan,
 )
 from workbench.errors import EngineError
+from workbench.formats.mask_scores import rounded
 from workbench.models import LoadedModel
 from workbench.runtime.plan import ConstantMask, Consumer, Decider, Plan, Policy, Scope, Tap, Threshold
 from workbench.runtime.reference import ReferenceEngine
@@ -44,11 +45,27 @@ def test_a_predictor_is_its_formula() -> None:
     for tap, mask in zip(taps, made(taps, np.arange(5)), strict=True):
         x = tap.astype(np.float64) / np.sqrt(np.mean(tap.astype(np.float64) ** 2))
         h = np.maximum(made.hidden_steps * (made.hidden.astype(np.float64) @ x) + made.hidden_bias, 0)
+        h = np.rint(h * 127 / h.max()) * h.max() / 127
         score = made.mean + made.row_steps * (made.rows.astype(np.float64) @ h)
         cut = np.repeat(np.asarray(made.thresholds), np.diff(made.groups))
         sure = np.abs(score - cut) > 1e-4
         np.testing.assert_array_equal(mask[sure], (score > cut)[sure])
         assert 0 < mask.sum() < made.size
+
+
+def test_hidden_activations_are_rounded_to_127_steps_of_the_highest() -> None:
+    hidden = np.random.default_rng(0).exponential(size=(6, 70)).astype(np.float32)
+    hidden[1] = 0
+    hidden[2] *= np.float32(1e-42)  # too small for its inverse
+    hidden[3, 5], hidden[4, 6] = np.nan, np.inf
+    codes, steps = rounded(hidden)
+    assert codes.min() == 0
+    assert codes.max(axis=1)[[0, 5]].tolist() == [127, 127]
+    for row in (0, 1, 2, 5):
+        off = np.abs(codes[row] * steps[row] - hidden[row])
+        assert off.max() <= max(0.5001 * hidden[row].max() / 127, 1e-36)
+    assert np.isnan(steps[[3, 4]]).all()
+    assert not codes[[3, 4]].any()
 
 
 @given(st.integers(0, 4), st.integers(0, 96), st.integers(0, 10**6))

@@ -49,6 +49,8 @@ def mask_groups(architecture: Architecture, blocks: range | None = None) -> tupl
 class MaskPart:
     """One predictor: ``h = relu(hidden (tap / rms(tap)) + bias)``, ``score = mean + rows h``.
 
+    h is rounded before it is multiplied: ``mask_scores`` defines it.
+
     Attributes:
         tap: kind of what it reads, one of ``TAPS``.
         block: where it reads it.

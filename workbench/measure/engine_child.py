@@ -15,7 +15,7 @@ from workbench.formats.selectors import Selectors
 from workbench.measure.child import serve
 from workbench.measure.decoding import decode, lengthen, prefill_seconds
 from workbench.measure.latency_child import order_of_round
-from workbench.measure.sparse_plans import plan_key, sparse_plan, sparse_policy
+from workbench.measure.sparse_plans import layout_key, sparse_plan, sparse_policy
 from workbench.progress import Job
 from workbench.runtime import open_engine
 from workbench.runtime.cpu import CpuEngine
@@ -122,7 +122,7 @@ def _open(sides: Sequence[dict[str, Any]], threads: int, context: int, job: Job)
     for side in sides:
         # Plans of the rule ``gain`` differ in thresholds alone, those of ``error`` in their estimators.
         rule, sparse = side.get("rule"), side.get("sparse")
-        plan = (rule, side["target"] if rule == "error" else None, sparse and plan_key(sparse))
+        plan = (rule, side["target"] if rule == "error" else None, sparse and layout_key(sparse))
         key = (side["engine"], side["source"], side["dtype"], plan)
         if side["engine"] == "llama.cpp":
             found.append(LlamaCppSide(side["source"], threads, context))

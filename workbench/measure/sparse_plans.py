@@ -52,8 +52,21 @@ def sparse_policy(model: CompressedModel, asked: Mapping[str, Any]) -> Policy:
 
 
 def plan_key(asked: Mapping[str, Any]) -> tuple[Any, ...]:
-    """What is alike where one engine can serve, moved by its policy."""
+    """What is alike where one engine can serve, moved by its policy; not for timing, which ``layout_key`` is for.
+
+    Its outputs are those of one opened for each, but for the blocks in which int8 activations are rounded.
+    """
     return tuple(sorted((k, v) for k, v in asked.items() if k != "sparsity" or asked["kind"] not in _MOVED))
+
+
+def layout_key(asked: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What is alike where one engine serves as fast as one opened for each: weights are laid out for a plan's sparsity.
+
+    Those of predicted masks lie alike up to 80 % of the neurons left out (``runtime.cpu_build``).
+    """
+    if asked["kind"] == "inputs" or asked["sparsity"] >= 0.8:
+        return (*plan_key(asked), asked["sparsity"])
+    return plan_key(asked)
 
 
 def _cuts(model: CompressedModel) -> InputCuts:

@@ -47,7 +47,11 @@ class StepTrace:
     """What one decoding step did.
 
     ``seconds`` is wall time inside the engine; ``read_bytes`` are stored bytes of block linears that a step of this
-    plan has to read (codes, scales and tables of the widths, heads and neurons in use); ``kept_weights`` is the share
+    plan has to read (codes, scales and tables of the widths, heads and neurons in use), and what its decisions read.
+    The cpu engine counts what its layouts read: whole tiles of 16 neurons, dense rows all where more than 45 % are
+    wanted, padding. So in a small model, where few tiles are masked as a whole and a predictor is large beside the
+    blocks, a mask may read more than none. Of a predictor all codes count, though those of hidden units that are zero
+    are not read. The reference engine counts shares of weights. ``kept_weights`` is the share
     of the block linears' weights that the step used (one less it is the effective sparsity). ``decisions`` maps each
     slot to the value in force: a number, or a mask uint8 (size,), which is not to be written to. Where inputs are
     rounded to integers with calibrated scales, ``clamped`` counts the codes that were clamped and ``beyond`` the inputs

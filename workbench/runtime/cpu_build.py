@@ -115,7 +115,8 @@ def build(
         cores: processor of each thread, or none.
         isa: ``auto``, ``portable``, ``avx2``, ``avx512`` or ``avx512bf16``.
         planes: keep group codes as bit-planes and not packed.
-        columns: lay units with input thresholds out input by input; None for those where it pays.
+        columns: lay units with input thresholds out input by input, all or none; None for those where it pays at the
+            share of inputs that the plan expects them to leave out. A policy that moves thresholds moves no weights.
         job: progress.
 
     Raises:
@@ -156,8 +157,9 @@ def build(
             engine.set_attention(block, rope, window)
         by_row = _blocks_by_row(source, plan, arch, planes)
         # What a mask of neurons leaves out lies in rows, what a threshold of inputs leaves out in columns.
-        wanted = column_units(plan, arch) if columns is not False and not planes else set()
-        wanted -= {f"blocks.{block}.gate_up" for block in by_row}
+        wanted = column_units(plan, arch) if columns is not False and not planes else {}
+        for block in by_row:
+            wanted.pop(f"blocks.{block}.gate_up", None)
         laid_out = partial(set_columns, threads=threads, always=columns is True)
         offsets = _matrices(engine, source, arch, planes, by_row, wanted, laid_out, job)
         _vectors(engine, source, arch, offsets)
@@ -264,14 +266,14 @@ def _matrices(
     arch: Architecture,
     planes: bool,
     by_row: Collection[int],
-    columns: Collection[str],
+    columns: Mapping[str, float],
     laid_out: Callable[..., bool],
     job: Job,
 ) -> dict[str, np.ndarray]:
     """Hand over all matrices; return what integer ones add to their products, by linear id.
 
-    Units in ``columns`` are laid out input by input where ``laid_out`` takes them so, gate and up of the blocks
-    ``by_row`` row by row.
+    Units in ``columns``, with the share of inputs that they leave out, are laid out input by input where ``laid_out``
+    takes them so, gate and up of the blocks ``by_row`` row by row.
     """
     offsets = {}
     job.stage("prepare weights", len(arch.linears))
@@ -283,7 +285,7 @@ def _matrices(
                 offsets[linear.id] = matrix.tensors["offset"]
             parts += [(f"blocks.{linear.block}.{role}", part) for role, part in _split(linear.role, matrix, arch)]
             job.advance()
-        if unit.id not in columns or not laid_out(engine, parts):
+        if unit.id not in columns or not laid_out(engine, parts, left_out=columns[unit.id]):
             rows = unit.kind == "gate_up" and unit.block in by_row
             for name, part in parts:
                 _set(engine, name, part, planes, rows)

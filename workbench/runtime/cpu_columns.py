@@ -11,44 +11,63 @@ from workbench.models.base import Architecture
 from workbench.runtime.cpu_source import Matrix
 from workbench.runtime.plan import Plan
 
-# Bytes of a channel that one thread reads side by side. With shorter runs it is faster to read all of them: a line that
-# is asked for by itself takes up to twice the time of one in a stream (docs/notes/sparsity.md).
-_SHORTEST_RUN = 512
+# From what share of inputs left out on columns are faster, by the bytes of a channel that one thread reads side by side
+# (its run): a line that is asked for by itself takes up to twice the time of one in a stream, and a run begins and ends
+# within lines. With runs shorter than these, reading all of them was faster at every share up to 0.7. Where columns and
+# tiles of one kind of unit took equally long in steps of SmolLM2-135M (docs/notes/sparsity.md), the higher of two
+# machines': 4 bits: gate_up 0.45 (runs of 1536 bytes with one thread, 768 with two), qkv 0.6 (480), o and down (288)
+# not below 0.75; bf16: gate_up 0.3 (6144, 3072), qkv and down 0.7 (1920, 1152).
+_BREAK_EVEN = {4: ((512, 0.45), (384, 0.6)), 16: ((2048, 0.35), (1024, 0.7))}
 _BITS = 4  # of group codes that are laid out so: two channels' codes of other widths do not share bytes
 
 
-def column_units(plan: Plan, architecture: Architecture) -> set[str]:
-    """Ids of units whose weights are worth laying out input by input.
+def column_units(plan: Plan, architecture: Architecture) -> dict[str, float]:
+    """Units whose weights may lie input by input, by id, with the share of inputs that is expected to be left out.
 
     Those with an ``input_threshold``, unless their width is chosen while running or their inputs are transformed
-    linear by linear.
+    linear by linear. Where nothing is expected, nothing is left out.
     """
-    chosen = {c.target for c in plan.consumers if c.kind == "input_threshold"}
-    chosen -= {c.target for c in plan.consumers if c.kind == "width"}
-    return {
-        unit.id
-        for unit in architecture.units
-        if unit.id in chosen and not any(linear.id in plan.transforms for linear in unit.linears)
-    }
+    kept = {c.target: c.expected for c in plan.consumers if c.kind == "input_threshold"}
+    widths = {c.target for c in plan.consumers if c.kind == "width"}
+    found = {}
+    for unit in architecture.units:
+        if unit.id in kept and unit.id not in widths and not any(lin.id in plan.transforms for lin in unit.linears):
+            share = kept[unit.id]
+            found[unit.id] = 0.0 if share is None else 1.0 - share
+    return found
 
 
-def set_columns(engine: Any, parts: Sequence[tuple[str, Matrix]], *, threads: int, always: bool) -> bool:
+def pays(run: float, bits: int, left_out: float) -> bool:
+    """Whether columns are faster than tiles.
+
+    Args:
+        run: bytes of a channel that one thread reads side by side.
+        bits: of a weight, 4 or 16.
+        left_out: share of inputs.
+    """
+    return any(run >= shortest and left_out >= share for shortest, share in _BREAK_EVEN[bits])
+
+
+def set_columns(
+    engine: Any, parts: Sequence[tuple[str, Matrix]], *, threads: int, left_out: float, always: bool
+) -> bool:
     """Hand over the linears of one unit, (name, matrix) each, input by input.
 
     Args:
         engine: the decoder that is being built.
         parts: all linears of the unit.
         threads: that share the outputs.
-        always: also where the runs of a channel are too short for it to pay.
+        left_out: share of their inputs that is expected to be.
+        always: also where it does not pay.
 
     Returns:
-        Whether they were: all are 4-bit group codes of one group size without minima, or all are bf16.
+        Whether they were: it pays, and all are 4-bit group codes of one group size without minima, or all are bf16.
     """
     names = [name for name, _ in parts]
     matrices = [matrix for _, matrix in parts]
     inputs = int(matrices[0].meta["shape"][1])
     bits = 16 if matrices[0].kind == "dense" else _BITS
-    if not always and sum(int(m.meta["shape"][0]) for m in matrices) * bits < 8 * _SHORTEST_RUN * threads:
+    if not always and not pays(sum(int(m.meta["shape"][0]) for m in matrices) * bits / 8 / threads, bits, left_out):
         return False
     tensors = [{name: np.ascontiguousarray(t) for name, t in m.tensors.items()} for m in matrices]
     if all(m.kind == "dense" for m in matrices):

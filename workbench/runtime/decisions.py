@@ -125,6 +125,10 @@ class Decisions:
         # Copied: a view would keep the choices of the whole chunk.
         self._held[slot] = choice[last[-1]].copy()
 
+    def fixed(self, slot: str) -> bool:
+        """Whether a policy gives the slot a value, so that nothing is decided."""
+        return slot in self._fixed
+
     def in_force(self, slot: str) -> np.ndarray:
         """Values for the chunk's tokens: float32 (count,), of a mask uint8 (count, size)."""
         values, which = self._values[slot]

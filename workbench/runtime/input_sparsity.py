@@ -23,9 +23,10 @@ _SLOT = "cut."
 def input_plan(architecture: Architecture, cuts: InputCuts, sparsity: float, *, first: int | None = None) -> Plan:
     """A plan under which units leave out inputs so that this share of all their weights is not used.
 
-    At a sparsity of 0 all thresholds are 0: only inputs that are 0 are left out. The slots are there, so that a policy
-    may raise them later. Outputs are those without a plan, but that the cpu engine may round activations in other
-    blocks where it lays weights out input by input.
+    At a sparsity of 0 all thresholds are 0: only inputs that are 0 are left out, and outputs are those without a plan.
+    The slots are there, so that a policy may raise them later. Engines lay out weights for the sparsity that they are
+    opened with (the cpu engine input by input where that pays): one that a policy moves far from it is as right, but
+    not as fast, as one opened for it.
 
     Args:
         architecture: of the model.
@@ -41,6 +42,7 @@ def input_plan(architecture: Architecture, cuts: InputCuts, sparsity: float, *, 
     if kept < 0:
         raise EngineError(f"{kept} first tokens cannot be kept whole: give 0 or more; calibration kept {cuts.first}.")
     thresholds = input_thresholds(architecture, cuts, sparsity)
+    shares = input_shares(cuts, sparsity)
     return Plan(
         # The program does not look at its tap: this one is there before any unit is run.
         deciders=tuple(
@@ -48,7 +50,13 @@ def input_plan(architecture: Architecture, cuts: InputCuts, sparsity: float, *, 
             for slot, given in thresholds.items()
         ),
         consumers=tuple(
-            Consumer(_slot(unit), "input_threshold", unit.id, factors=cuts.factors_of(index))
+            Consumer(
+                _slot(unit),
+                "input_threshold",
+                unit.id,
+                expected=float(np.clip(1 - shares[index], 0, 1)),
+                factors=cuts.factors_of(index),
+            )
             for index, unit in enumerate(architecture.units)
         ),
     )
@@ -56,6 +64,8 @@ def input_plan(architecture: Architecture, cuts: InputCuts, sparsity: float, *, 
 
 def input_policy(architecture: Architecture, cuts: InputCuts, sparsity: float) -> Policy:
     """Another sparsity for an engine that runs an ``input_plan`` of this model, from the next token on.
+
+    Weights stay laid out for the sparsity that the engine was opened with.
 
     Raises:
         InputError: a sparsity beyond the tables.

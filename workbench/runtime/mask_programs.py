@@ -78,7 +78,7 @@ class PredictedMask:
     """Scores of many units (heads, neurons) from one tap by a small network, cut group by group.
 
         h = relu(hidden_steps * (hidden @ (tap / rms(tap))) + hidden_bias)
-        score = mean + row_steps * (rows @ h)
+        score = mean + row_steps * (rows @ h rounded to multiples of max(h) / 127)
         mask = score > thresholds[group]
 
     and of a group at least ``floors`` units are kept, those of the highest scores (ties to the lower index). At the
@@ -137,7 +137,7 @@ class PredictedMask:
 
     @property
     def bytes(self) -> int:
-        """Codes, steps, bias and means, and a threshold and a floor per group, as a decision reads them."""
+        """Codes, steps, bias and means, and a threshold and a floor per group: the most that a decision reads."""
         return int(self.hidden.nbytes + self.rows.nbytes + 8 * len(self.hidden) + 8 * self.size + 8 * len(self.floors))
 
     def scores(self, taps: np.ndarray) -> np.ndarray:

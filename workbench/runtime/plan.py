@@ -256,10 +256,11 @@ class Consumer:
     ``width``: target a unit; the slot holds the bits to read it at, one of ``widths``. With ``levels`` the slot holds
     an index into them instead, so that one slot moves many units, each along its own widths.
     ``heads`` / ``neurons``: target ``blocks.<i>``; the slot holds a mask of query heads / MLP neurons, 1 = computed,
-    from entry ``offset`` on, so that one slot may serve many blocks. Keys and values are always written. ``expected``
-    is the share of them that is expected to be computed, where that is known: engines lay out weights for it.
+    from entry ``offset`` on, so that one slot may serve many blocks. Keys and values are always written.
     ``input_threshold``: target a unit; inputs x with ``|x| * factors`` at most the slot's value are left out.
     ``factors`` is float32 (in,), and 1 where it is not given.
+    ``expected``, of heads, neurons and inputs: the share of them that is expected to be computed, where that is
+    known. Engines lay out weights for it when they are opened, and a policy that moves the share later leaves them so.
     ``path``: target ``blocks.<i>``; the slot holds one of ``PATH_*``. Keys and values are still written.
     """
 

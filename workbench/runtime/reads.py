@@ -18,7 +18,7 @@ class ReadCounter:
     A width consumer reads the linear at its width. A head mask scales the query rows and ``o``; a neuron mask scales
     gate, up and down; a skipped attention leaves out the query rows and ``o`` (keys and values are still written);
     an input threshold scales a linear by its share of inputs kept. What a decider itself reads is added to the bytes
-    when it decides.
+    when it decides, and when its decisions are replayed; not where a policy gives its slot a value.
 
     Args:
         architecture: the model's parts.
@@ -54,6 +54,8 @@ class ReadCounter:
             read += share * self._bytes(linear, decisions, count)
             weights += share * linear.n_weights
         for decider in self._plan.deciders:
+            if decisions.fixed(decider.slot):
+                continue
             every = {"token": 1, "every": decider.scope.n, "reply": 0}[decider.scope.kind]
             if every:
                 read += decider.program.bytes / every

@@ -66,8 +66,9 @@ def sparsity(context: BenchContext) -> Rows:
 
     ``sparsity`` is asked for: of the weights of heads and neurons (keys and values apart) by masks, of all weights by
     inputs. ``effective_sparsity`` is the share of all weights of the blocks' linears that steps did not use;
-    ``read_bits`` count what decisions read. The first 64 tokens of a window are whole for masks (the first one for
-    inputs), and only what is predicted after them counts, for every method alike.
+    ``read_bits`` count what decisions read, and on the cpu engine whole tiles and rows (``StepTrace``): of a tiny
+    model, whose predictor is large beside its blocks, more than of whole weights. The first 64 tokens of a window are
+    whole for masks (the first one for inputs), and only what is predicted after them counts, for every method alike.
 
     ``ratio`` is perplexity over that of the dense model, ``ratio_to_whole`` over that of the same weights whole
     (paired). ``to_random`` and the like are KL per token more than that mask's at the same weights and sparsity
