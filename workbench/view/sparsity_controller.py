@@ -148,8 +148,7 @@ class SparsitySitting(Sitting[SparsityState]):
             self._change(tables=sparsity_loop.opened(self._state.model, self.settings, self._store, self._job))
         tables = self._state.tables
         assert tables is not None
-        if self._state.pick.method not in tables.methods:
-            self._change(pick=SparsityPick(tables.methods[0], self._state.pick.sparsity))
+        self._change(pick=_possible(tables, self._state.pick))
         seen = sparsity_loop.look(tables, self.settings, self._store, self._job)
         self._change(look=seen, text=0)
         self._change(**self._followed(self._state.pick, 0))
@@ -166,6 +165,15 @@ class SparsitySitting(Sitting[SparsityState]):
         """Cancel what runs, and free the model and the worker."""
         super().close()
         self._state = replace(self._state, tables=None, look=None, outcomes=None)
+
+
+def _possible(tables: Tables, pick: SparsityPick) -> SparsityPick:
+    """The pick, with a method and a criterion that the model has in place of those that it has not."""
+    if pick.method not in tables.methods:
+        pick = replace(pick, method=tables.methods[0])
+    if tables.criteria and pick.criterion not in tables.criteria:
+        pick = replace(pick, criterion=tables.criteria[0])
+    return pick
 
 
 def compared(tables: Tables, text: ScoredText, pick: SparsityPick) -> tuple[MaskOutcomes, pd.DataFrame]:

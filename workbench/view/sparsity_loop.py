@@ -69,6 +69,12 @@ class Tables:
             return ()
         return tuple(name for name in CRITERIA if name in self.masks.mask_predictor.aggregates)
 
+    @property
+    def fitted_for(self) -> str:
+        """The criterion that the predictor predicts; empty without one."""
+        made = self.masks.mask_predictor if self.masks is not None else None
+        return "" if made is None else str(made.facts["criterion"])
+
     def of(self, pick: SparsityPick) -> CompressedModel:
         """The model that a pick is run with.
 
@@ -99,7 +105,6 @@ class Look:
             ``left_out`` (of the blocks' weights); ``line`` is ``whole`` for the weights without sparsity.
         to_static: nats per token that predicted masks cost more than the best static one, paired on the same windows:
             ``sparsity``, ``rival``, ``value``, ``low``, ``high``.
-        shares: of its inputs that each unit leaves out: ``line``, ``sparsity``, ``block``, ``unit``, ``share``.
         n_windows, n_tokens: behind the curves.
     """
 
