@@ -79,18 +79,24 @@ class SparsitySettings(Measuring):
 
     @classmethod
     def quick(cls) -> SparsitySettings:
-        """Two minutes of fitting on little text: how masks differ shows, and the predictor is far from its best."""
-        tokens = 2048
+        """A predictor and tables from so little text that they are made in two or three minutes.
+
+        How masks differ shows; the predictor is far from its best. Replies are masked from token 32 on, so that all of
+        them is seen; quality counts what follows the first 64 tokens all the same.
+        """
+        tokens = 1024
         return cls(
-            masks=PredictedSparsityConfig(epochs=8, calibration_tokens=tokens, aggregates=get_args(Criterion)),
+            masks=PredictedSparsityConfig(
+                epochs=8, prefix=32, decisions_per_text=128, calibration_tokens=tokens, aggregates=get_args(Criterion)
+            ),
             inputs=InputSparsityConfig(allocation="uniform", calibration_tokens=tokens),
             n_prompts=2,
-            new_tokens=96,
+            new_tokens=64,
             curve=(0.2, 0.45, 0.7),
             curve_windows=2,
-            curve_length=128,
+            curve_length=112,
             by_domain=(0.1, 0.3, 0.5),
-            quality_windows=4,
+            quality_windows=3,
             quality_length=96,
             n_windows=18,
             window_length=96,
