@@ -96,9 +96,9 @@ class SparsitySettings(Measuring):
             curve_windows=2,
             curve_length=112,
             by_domain=(0.1, 0.3, 0.5),
-            quality_windows=3,
+            quality_windows=2,
             quality_length=96,
-            n_windows=18,
+            n_windows=16,
             window_length=96,
             pairs=3,
         )
