@@ -30,7 +30,12 @@ PICK = SparsityPick("predicted", 0.2)
 SETTINGS = SparsitySettings(
     weights=RtnConfig(bits=16, group_size=48, output_bits=16),
     masks=PredictedSparsityConfig(
-        width=16, prefix=16, epochs=2, decisions_per_text=24, calibration_tokens=1024, aggregates=("plainact", "magnitude")
+        width=16,
+        prefix=16,
+        epochs=2,
+        decisions_per_text=24,
+        calibration_tokens=1024,
+        aggregates=("plainact", "magnitude"),
     ),
     inputs=InputSparsityConfig(allocation="uniform", calibration_tokens=1024),
     prompts=("<b>one</b> two", "three four five"),
@@ -123,11 +128,13 @@ def test_look_pick_and_run(
     choose(page, "wb-text", "1")
     expect(part(page, "wb-map")).to_contain_text("text 1", timeout=15_000)
     choose(page, "wb-scope", "once a reply")
-    expect(part(page, "wb-predicted")).to_contain_text("once a reply", timeout=15_000)
+    expect(part(page, "wb-predicted")).to_contain_text("masks, once a reply", timeout=15_000)
     choose(page, "wb-method", "inputs by size (TEAL)")
     expect(part(page, "wb-map").locator(".gtitle")).to_contain_text("Share of its inputs", timeout=15_000)
     choose(page, "wb-method", "predicted masks")
+    expect(part(page, "wb-predicted")).to_contain_text("predicted masks, once a reply", timeout=15_000)
     choose(page, "wb-scope", "every token")
+    expect(part(page, "wb-predicted")).to_contain_text("predicted masks, 40% left out", timeout=15_000)
 
     # Run: beside the weights whole and the rivals, by domain and language, and the texts side by side.
     part(page, "wb-run").click()

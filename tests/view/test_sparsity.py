@@ -376,7 +376,7 @@ def test_steps_of_a_block_carry_escaped_tokens(sitting: SparsitySitting) -> None
 
 
 def test_foreign_text_is_escaped(sitting: SparsitySitting) -> None:
-    state = replace(sitting.state, model="<i>m</i>")
+    state = replace(sitting.state, model="<i>m</i>", tables=None)
     assert "&lt;i&gt;m" in sparsity_panels.said_of(state)
     assert state.counts is not None
     odd = replace(state, counts=state.counts.assign(line="<u>"))

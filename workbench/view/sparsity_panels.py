@@ -26,7 +26,7 @@ def said_of(state: SparsityState) -> str:
         f"{pick.line} at {pick.sparsity:.0%}",
         f"true scores by {pick.criterion}",
         f"text {state.text}, {len(shown.positions)} steps from {int(shown.positions[0])} on",
-        state.model,
+        state.model if state.tables is None else state.tables.dense.name,
     ]
     return " · ".join(escape(fact, quote=False) for fact in facts)
 
