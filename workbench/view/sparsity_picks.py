@@ -93,7 +93,7 @@ class SparsitySettings(Measuring):
             inputs=InputSparsityConfig(allocation="uniform", calibration_tokens=tokens),
             n_prompts=2,
             new_tokens=64,
-            curve=(0.2, 0.45, 0.7),
+            curve=(0.3, 0.7),
             curve_windows=2,
             curve_length=112,
             by_domain=(0.1, 0.3, 0.5),
