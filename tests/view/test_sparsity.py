@@ -206,6 +206,10 @@ def test_predictions_lie_between_measured_points() -> None:
     assert predicted_kl(curves, SparsityPick("teal", 0.3)) is None
 
 
+def test_a_slider_gives_the_sparsity_of_a_setting() -> None:
+    assert SparsityPick(sparsity=0.1 + 0.2) == SparsityPick(sparsity=0.3)
+
+
 def test_what_is_not_possible_is_one_clear_error(sitting: SparsitySitting) -> None:
     before = sitting.state.pick
     for changes, said in (

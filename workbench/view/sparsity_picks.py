@@ -147,6 +147,8 @@ class SparsityPick:
             )
         if not 0 <= self.sparsity <= MOST:
             raise InputError(f"A sparsity of {self.sparsity:g} is not possible here: give 0 to {MOST:g}.")
+        # A slider's 0.1 + 0.2 is the 0.3 of a setting: they are measured once, and shown as one.
+        object.__setattr__(self, "sparsity", round(float(self.sparsity), 6))
         if self.n < 1:
             raise InputError(f"A choice every {self.n} tokens is not possible: give 1 or more.")
         check_criteria([self.criterion])
