@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -111,9 +112,9 @@ def test_hits_misses_and_false_skips_are_told_apart() -> None:
 
 
 @pytest.mark.parametrize("changes", [{}, {"scope": "every", "n": 8}, {"scope": "reply"}, {"method": "static"}])
-def test_masks_are_those_that_an_engine_decides(sitting: SparsitySitting, changes: dict[str, object]) -> None:
+def test_masks_are_those_that_an_engine_decides(sitting: SparsitySitting, changes: dict[str, Any]) -> None:
     tables, look, _ = seen(sitting)
-    pick = replace(sitting.state.pick, **changes)  # type: ignore[arg-type]
+    pick = replace(sitting.state.pick, **changes)
     model, text = tables.of(pick), look.texts[0]
     plan = sparse_plan(model, pick.asked)
     positions, masks = plan_masks(plan, text, PREFIX)
@@ -136,8 +137,8 @@ def test_what_follows_changes_what_mattered_and_no_mask(sitting: SparsitySitting
     cut = len(text.tokens) - 6
     changed = [*text.tokens[:cut], *((token + 7) % 256 for token in text.tokens[cut:])]
     other = score_text(tables.dense, predictor, changed, text.prompt_length, ["plainact", "magnitude"])
-    for method in ("predicted", "static"):
-        plan = sparse_plan(tables.of(sitting.state.pick), SparsityPick(method).asked)  # type: ignore[arg-type]
+    for pick in (SparsityPick("predicted"), SparsityPick("static")):
+        plan = sparse_plan(tables.of(pick), pick.asked)
         (positions, before), (_, after) = (plan_masks(plan, one, PREFIX) for one in (text, other))
         early = positions < cut
         assert early.any()
@@ -212,7 +213,7 @@ def test_a_slider_gives_the_sparsity_of_a_setting() -> None:
 
 def test_what_is_not_possible_is_one_clear_error(sitting: SparsitySitting) -> None:
     before = sitting.state.pick
-    for changes, said in (
+    cases: tuple[tuple[dict[str, Any], str], ...] = (
         ({"sparsity": 0.9}, "A sparsity of 0.9 is not possible here: give 0 to 0.7."),
         ({"sparsity": 0.7}, "ask for less"),  # this model has two blocks that may be masked
         ({"method": "perfect"}, "allowed are predicted, static"),
@@ -220,7 +221,8 @@ def test_what_is_not_possible_is_one_clear_error(sitting: SparsitySitting) -> No
         ({"criterion": "plainct"}, "plainact"),
         ({"method": "static", "criterion": "grad_norm"}, "aggregates"),
         ({"method": "learnt"}, "it can do predicted"),
-    ):
+    )
+    for changes, said in cases:
         sitting.set_pick(**changes)
         assert said in sitting.state.error, sitting.state.error
         assert "\n" not in sitting.state.error

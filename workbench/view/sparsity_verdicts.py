@@ -92,6 +92,6 @@ def _word(row: object) -> str:
     return "static mask is better" if low > 0 else "static mask is as good"
 
 
-def _nats(row: pd.Series | object) -> str:
+def _nats(row: object) -> str:
     value, low, high, rival = (getattr(row, name) for name in ("value", "low", "high", "rival"))
     return f"by {rival}: {value:+.3f}, {low:+.3f} to {high:+.3f}"
