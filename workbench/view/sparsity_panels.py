@@ -37,8 +37,8 @@ def predicted(state: SparsityState) -> str:
         return ""
     pick, seen = state.pick, state.look
     if state.predicted is None:
-        high = seen.curves.loc[seen.curves["line"] == pick.line, "sparsity"].max()
-        why = "was not measured" if math.isnan(high) else f"was measured up to {high:.0%} alone"
+        own = seen.curves[seen.curves["line"] == pick.line]["sparsity"].to_list()
+        why = f"was measured up to {max(own):.0%} alone" if own else "was not measured"
         return panel(f'<span class="wb-note">No prediction: {escape(pick.line)} {why} on sampled text.</span>')
     said = (
         f"<b>{escape(pick.line)}</b>, {pick.sparsity:.0%} left out: predicted damage <b>{state.predicted:.3g}</b> nats "
