@@ -26,6 +26,8 @@ from workbench.models.base import LoadedModel
 from workbench.progress import Job
 from workbench.runtime.plan import Tap
 
+_MOST_KEPT = 1 << 26  # scores, float32, that are kept from the means to the comparison: 256 MiB
+
 
 class PredictorQuality:
     """Agreement of predicted with true scores at every decision of held-out texts.
@@ -62,7 +64,8 @@ class PredictorQuality:
         self._model, self._predictor, self._sparsity = model, predictor, sparsity
         self._windows = [list(window) for window in windows]
         self._groups = mask_groups(model.architecture, range(predictor.first_block, model.architecture.n_blocks))
-        self._means: list[tuple[np.ndarray, np.ndarray]] | None = None
+        self._means: list[tuple[np.ndarray, ...]] | None = None
+        self._scores: dict[int, tuple[np.ndarray, np.ndarray]] = {}
         said = predictor.arrays()["mask_predictor.said"].tobytes().decode()
         parameters = {"windows": self._windows, "sparsity": sparsity, "predictor": said}
         parameters["sha256"] = _digest(predictor)
@@ -76,11 +79,11 @@ class PredictorQuality:
         """Return one sequence's rows."""
         index = int(part.rsplit("-", 1)[1])
         if self._means is None:  # of every text, one pass each
-            self._means = [(_mean(self._true(i, job)), _mean(self._predicted(i))) for i in range(len(self._windows))]
+            self._means = [tuple(map(_mean, self._both(i, job))) for i in range(len(self._windows))]
         others, expected = (
             np.mean([means[side] for i, means in enumerate(self._means) if i != index], axis=0) for side in (0, 1)
         )
-        true, predicted = self._true(index, job), self._predicted(index)
+        true, predicted = self._both(index, job)
         steps = [place[0] for place in self._places()]
         frames, begin = [], 0
         for group in self._groups:
@@ -99,6 +102,15 @@ class PredictorQuality:
             )
             begin = end
         return pd.concat(frames, ignore_index=True)
+
+    def _both(self, index: int, job: Job) -> tuple[np.ndarray, np.ndarray]:
+        """True and predicted scores of one text, float32 (decisions, units); a few are kept for their second use."""
+        if index in self._scores:
+            return self._scores.pop(index)
+        found = self._true(index, job), self._predicted(index)
+        if 2 * found[0].size * (len(self._scores) + 1) <= _MOST_KEPT:
+            self._scores[index] = found
+        return found
 
     def _places(self) -> list[tuple[int, int, int]]:
         """Deciding positions, and the positions [begin, end) that each governs."""
