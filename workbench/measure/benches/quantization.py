@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 
 from workbench.apply.calibration import CalibrationText
 from workbench.measure.bench import BenchContext, Rows, bench
@@ -32,7 +33,7 @@ from workbench.runtime import open_engine
 TEXTS: tuple[CalibrationText, ...] = ("prose", "pydoc")
 _WINDOWS, _QUICK_WINDOWS = (40, 512), (40, 128)  # how many, and their tokens
 _SPEED, _QUICK_SPEED = (20, 128), (10, 64)  # prompts read by each, and tokens decoded a round
-_AT_ONCE = 4  # engines beside one dense pass: each holds a model
+_FEWEST_AT_ONCE, _MOST_AT_ONCE = 2, 16  # engines beside one dense pass: each holds a model
 
 Qualities = dict[Contender, QualityResult]  # on one text
 
@@ -87,7 +88,7 @@ def quantization(context: BenchContext) -> Rows:
     for contender in contenders:
         if contender.recipe is not None:
             contender.compressed = context.compress(model, contender.recipe, context.job)
-    found = [_measure_quality(model, contenders, text, context) for text in texts]
+    found = _measure_quality(model, contenders, texts, context)
     speeds = _measure_speed(model, contenders, context)
     return [
         _row(model, contender, here[contender]) | _against(contender, here) | speeds.get(contender, {})
@@ -97,30 +98,40 @@ def quantization(context: BenchContext) -> Rows:
 
 
 def _measure_quality(
-    model: LoadedModel, contenders: Sequence[Contender], text: str, context: BenchContext
-) -> Qualities:
+    model: LoadedModel, contenders: Sequence[Contender], texts: Sequence[str], context: BenchContext
+) -> list[Qualities]:
+    """Of all contenders on each text; engines are opened once for all texts."""
     n_windows, length = _QUICK_WINDOWS if context.quick else _WINDOWS
-    windows, record = evaluation_windows(text, model, n_windows, length)
+    read = [evaluation_windows(text, model, n_windows, length) for text in texts]
+    found: list[Qualities] = [{} for _ in texts]
+    at_once = _at_once(model)
     dense = open_engine(model, threads=context.threads, activation_mode="fp32")
-    found: Qualities = {}
     try:
-        for begin in range(0, len(contenders), _AT_ONCE):
-            part = contenders[begin : begin + _AT_ONCE]
+        for begin in range(0, len(contenders), at_once):
+            part = contenders[begin : begin + at_once]
             engines = [contender.engine(model, context.threads) for contender in part]
             try:
                 about = [[contender.side, contender.dtype] for contender in part]
-                results = compare_kept(
-                    context.shelf, dense, engines, windows, about=about, text=record, job=context.job
-                )
+                for here, (windows, record) in zip(found, read, strict=True):
+                    results = compare_kept(
+                        context.shelf, dense, engines, windows, about=about, text=record, job=context.job
+                    )
+                    here |= zip(part, results, strict=True)
             finally:
                 for engine in engines:
                     engine.close()
-            found |= zip(part, results, strict=True)
             for contender, engine in zip(part, engines, strict=True):
                 contender.ran_by, contender.activation_mode = engine.name, engine.activation_mode
     finally:
         dense.close()
     return found
+
+
+def _at_once(model: LoadedModel) -> int:
+    """Engines beside one dense pass, which is the dearest part: as many as half of the free memory holds as fp32."""
+    chunk = 128 * model.architecture.vocab_size  # logits, float64 while they are compared
+    held = psutil.virtual_memory().available / 2 / (4 * model.n_parameters + 8 * chunk)
+    return max(_FEWEST_AT_ONCE, min(_MOST_AT_ONCE, int(held)))
 
 
 def _measure_speed(
