@@ -28,8 +28,8 @@ _GROUP_SIZE = 64
 _OUTPUT_BITS = {16: 16, 4: 8}
 _EVERY = 8  # tokens from one decision to the next, of the scope "every"
 # Fits on a CPU: minutes, and for the better ones hours, once.
-QUICK_MASKS = PredictedSparsityConfig(width=64, epochs=10)
-MASKS = PredictedSparsityConfig(width=256, calibration_tokens=55296, tune_steps=100, aggregates=get_args(Criterion))
+QUICK_MASKS = PredictedSparsityConfig(width=64, epochs=10, tune_steps=60)
+MASKS = PredictedSparsityConfig(width=64, calibration_tokens=55296, tune_steps=240, aggregates=get_args(Criterion))
 INPUTS = InputSparsityConfig()
 _CONTROL = "hybrid"  # how masks without a predictor spread their share over blocks
 
