@@ -17,7 +17,7 @@ from workbench.view import panels, plots
 from workbench.view.controller import Controller, State
 from workbench.view.heatmap import StepGrid, grid_figure, step_grid
 from workbench.view.loop import Settings
-from workbench.view.parts import WIDE, Live, Picture, RunBar, button, html, title, widgets
+from workbench.view.parts import Live, Picture, RunBar, Workbench, button, html, title, widgets
 
 _VALUE = "relative_error"
 # Values of the first entries of two menus; None would leave a menu without any entry chosen.
@@ -25,7 +25,7 @@ _ALL_SEQUENCES = -1
 _SOLVER_DECIDES = 0
 
 
-class SensitivityWorkbench(widgets.VBox):  # type: ignore[misc]
+class SensitivityWorkbench(Workbench):
     """Look at a model's sensitivity, pick bits, run, and read what was measured.
 
     Args:
@@ -57,26 +57,16 @@ class SensitivityWorkbench(widgets.VBox):  # type: ignore[misc]
         self._make_pick()
         self._make_run()
         super().__init__(
+            self.controller,
+            panels.heading(str(model)),
             [
-                widgets.HTML(panels.STYLE + panels.heading(str(model))),
                 *self._bar.parts,
                 *self._look_parts,
                 *self._pick_parts,
                 *self._result_parts,
             ],
-            layout=WIDE,
+            start=start,
         )
-        self.add_class("wb-workbench")
-        self._stop = self.controller.subscribe(self._show)
-        self._show(self.controller.state)
-        if start:
-            self.controller.analyse()
-
-    def close(self) -> None:
-        """Stop what runs, free the model, and remove the widgets."""
-        self._stop()
-        self.controller.close()
-        super().close()
 
     # Parts ---------------------------------------------------------------------------------------------------------
 

@@ -12,12 +12,12 @@ from workbench.view import outliers_plots as plots
 from workbench.view.outliers_controller import OutlierSitting, OutlierState
 from workbench.view.outliers_picker import ProtectionPart, RoundingPart
 from workbench.view.outliers_picks import Method, OutlierSettings
-from workbench.view.parts import ROW, WIDE, Picture, RunBar, button, html, title, widgets
+from workbench.view.parts import ROW, Picture, RunBar, Workbench, button, html, title, widgets
 
 _ALL_STEPS = -1  # None would leave the menu without any entry chosen
 
 
-class OutlierWorkbench(widgets.VBox):  # type: ignore[misc]
+class OutlierWorkbench(Workbench):
     """See which channels and values stand out, pick what protects from them, run, and compare with the prediction.
 
     Args:
@@ -48,25 +48,15 @@ class OutlierWorkbench(widgets.VBox):  # type: ignore[misc]
         self._make_look()
         self._make_pick()
         super().__init__(
+            self.sitting,
+            panels.heading(str(model), "Outliers in"),
             [
-                widgets.HTML(panels.STYLE + panels.heading(str(model), "Outliers in")),
                 *self._bar_parts,
                 *self._look_parts,
                 *self._pick_parts,
             ],
-            layout=WIDE,
+            start=start,
         )
-        self.add_class("wb-workbench")
-        self._stop = self.sitting.subscribe(self._show)
-        self._show(self.sitting.state)
-        if start:
-            self.sitting.analyse()
-
-    def close(self) -> None:
-        """Stop what runs, free the model, and remove the widgets."""
-        self._stop()
-        self.sitting.close()
-        super().close()
 
     # Parts ---------------------------------------------------------------------------------------------------------
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from workbench.errors import EngineError
@@ -126,6 +126,35 @@ def label(name: str) -> Any:
 
 def title(text: str) -> Any:
     return widgets.HTML(panels.panel(f"<h3>{text}</h3>"))
+
+
+class Workbench(widgets.VBox):  # type: ignore[misc]
+    """Widgets that show a sitting, from when they are made until they are closed.
+
+    Args:
+        sitting: whose states come to ``_show``, which a workbench defines; it is closed with the widgets.
+        heading: escaped HTML.
+        children: everything below the heading.
+        start: begin the analysis at once.
+    """
+
+    def __init__(self, sitting: Any, heading: str, children: Sequence[Any], *, start: bool) -> None:
+        super().__init__([widgets.HTML(panels.STYLE + heading), *children], layout=WIDE)
+        self.add_class("wb-workbench")
+        self._sitting = sitting
+        self._stop = sitting.subscribe(self._show)
+        self._show(sitting.state)
+        if start:
+            sitting.analyse()
+
+    def _show(self, state: Any) -> None:
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """Stop what runs, free the model, and remove the widgets."""
+        self._stop()
+        self._sitting.close()
+        super().close()
 
 
 class RunBar:

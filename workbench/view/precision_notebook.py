@@ -11,7 +11,7 @@ from workbench.store import Store
 from workbench.view import panels, precision_panels
 from workbench.view import precision_plots as plots
 from workbench.view.heatmap import StepGrid
-from workbench.view.parts import ROW, WIDE, Live, Picture, RunBar, html, title, widgets
+from workbench.view.parts import ROW, Live, Picture, RunBar, Workbench, html, title, widgets
 from workbench.view.precision_controller import PrecisionSitting, PrecisionState
 from workbench.view.precision_loop import PrecisionSettings
 from workbench.view.precision_token_plots import VALUES_OVER_STEPS, autocorrelation_lines, token_bars
@@ -20,7 +20,7 @@ from workbench.view.precision_unit import UnitPart
 _ALL_SEQUENCES = -1  # None would leave the menu without any entry chosen
 
 
-class PrecisionWorkbench(widgets.VBox):  # type: ignore[misc]
+class PrecisionWorkbench(Workbench):
     """See what decides the width of every unit at every step, move targets and thresholds, run, and compare.
 
     Args:
@@ -54,27 +54,17 @@ class PrecisionWorkbench(widgets.VBox):  # type: ignore[misc]
         self._make_tokens()
         self._make_results()
         super().__init__(
+            self.sitting,
+            panels.heading(str(model), "Widths chosen per token in"),
             [
-                widgets.HTML(panels.STYLE + panels.heading(str(model), "Widths chosen per token in")),
                 *self._bar_parts,
                 *self._look_parts,
                 self._unit,
                 *self._token_parts,
                 *self._result_parts,
             ],
-            layout=WIDE,
+            start=start,
         )
-        self.add_class("wb-workbench")
-        self._stop = self.sitting.subscribe(self._show)
-        self._show(self.sitting.state)
-        if start:
-            self.sitting.analyse()
-
-    def close(self) -> None:
-        """Stop what runs, free the model, and remove the widgets."""
-        self._stop()
-        self.sitting.close()
-        super().close()
 
     # Parts ---------------------------------------------------------------------------------------------------------
 

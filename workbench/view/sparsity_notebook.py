@@ -10,7 +10,7 @@ from workbench.store import Store
 from workbench.view import panels, sparsity_loop, sparsity_panels
 from workbench.view import sparsity_plots as plots
 from workbench.view import sparsity_quality_plots as quality_plots
-from workbench.view.parts import ROW, WIDE, Picture, RunBar, html, title, widgets
+from workbench.view.parts import ROW, Picture, RunBar, Workbench, html, title, widgets
 from workbench.view.sparsity_controller import SparsitySitting, SparsityState
 from workbench.view.sparsity_picks import METHODS, MOST, SparsityPick, SparsitySettings
 
@@ -18,7 +18,7 @@ _ALL_STEPS = -1  # None would leave the slider without any entry chosen
 _SCOPES = {"token": "every token", "every": "every 8 tokens", "reply": "once a reply"}
 
 
-class SparsityWorkbench(widgets.VBox):  # type: ignore[misc]
+class SparsityWorkbench(Workbench):
     """See what is left out beside what mattered, pick how it is chosen and how much, run, and compare.
 
     Args:
@@ -47,25 +47,15 @@ class SparsityWorkbench(widgets.VBox):  # type: ignore[misc]
         self._make_look()
         self._make_results()
         super().__init__(
+            self.sitting,
+            panels.heading(str(model), "Contextual sparsity of"),
             [
-                widgets.HTML(panels.STYLE + panels.heading(str(model), "Contextual sparsity of")),
                 *self._bar_parts,
                 *self._look_parts,
                 *self._result_parts,
             ],
-            layout=WIDE,
+            start=start,
         )
-        self.add_class("wb-workbench")
-        self._stop = self.sitting.subscribe(self._show)
-        self._show(self.sitting.state)
-        if start:
-            self.sitting.analyse()
-
-    def close(self) -> None:
-        """Stop what runs, free the model, and remove the widgets."""
-        self._stop()
-        self.sitting.close()
-        super().close()
 
     # Parts ---------------------------------------------------------------------------------------------------------
 
