@@ -30,6 +30,7 @@ _EVERY = 8  # tokens from one decision to the next, of the scope "every"
 # Fits on a CPU: minutes, and for the better ones hours, once.
 QUICK_MASKS = PredictedSparsityConfig(width=64, epochs=10, tune_steps=60)
 MASKS = PredictedSparsityConfig(width=64, calibration_tokens=55296, tune_steps=240, aggregates=get_args(Criterion))
+QUICK_INPUTS = InputSparsityConfig(allocation_tokens=512)
 INPUTS = InputSparsityConfig()
 _CONTROL = "hybrid"  # how masks without a predictor spread their share over blocks
 
@@ -99,7 +100,7 @@ def _models(model: LoadedModel, context: BenchContext) -> dict[int, Models]:
     def made(*methods: MethodConfig) -> CompressedModel:
         return context.compress(model, Recipe.for_model(model, *methods), context.job)
 
-    config = QUICK_MASKS if context.quick else MASKS
+    config, cuts = (QUICK_MASKS, QUICK_INPUTS) if context.quick else (MASKS, INPUTS)
     configs = {
         "unified": config,
         "per-layer": config.model_copy(update={"predictor": "per-layer"}),
@@ -109,8 +110,8 @@ def _models(model: LoadedModel, context: BenchContext) -> dict[int, Models]:
         stored = RtnConfig(bits=bits, group_size=_GROUP_SIZE, output_bits=_OUTPUT_BITS[bits])
         whole = made(stored)
         inputs = {
-            "teal": made(stored, INPUTS),
-            "wina": made(stored, INPUTS.model_copy(update={"criterion": "weighted"})),
+            "teal": made(stored, cuts),
+            "wina": made(stored, cuts.model_copy(update={"criterion": "weighted"})),
         }
         if not found:
             masks = {name: made(stored, one) for name, one in configs.items()}
