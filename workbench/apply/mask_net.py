@@ -78,7 +78,10 @@ def tap_width(architecture: Architecture, tap: Tap) -> int:
 
 
 class PartNet(nn.Module):
-    """``mean + rows relu(hidden x + bias)`` of x divided by its root mean square; float32."""
+    """``mean + rows relu(hidden x + bias)`` of x divided by its root mean square, float32.
+
+    What comes out of the ReLU is rounded as it is while running.
+    """
 
     def __init__(self, width: int, inner: int, units: int, generator: torch.Generator) -> None:
         super().__init__()
@@ -91,7 +94,16 @@ class PartNet(nn.Module):
         """Scores (..., units) of taps (..., width)."""
         taps = taps.float()
         taps = taps / (taps.square().mean(dim=-1, keepdim=True) + _EPS).sqrt()
-        return self.mean + torch.relu(taps @ self.hidden.T + self.bias) @ self.rows.T
+        hidden = torch.relu(taps @ self.hidden.T + self.bias)
+        # Masks of training are those of engines; the slope is that of what is rounded (straight through).
+        return self.mean + (hidden + (_rounded(hidden.detach()) - hidden.detach())) @ self.rows.T
+
+
+def _rounded(hidden: torch.Tensor) -> torch.Tensor:
+    """Hidden activations (..., H) as engines multiply them: ``formats.mask_scores.rounded``, in torch."""
+    top = hidden.amax(dim=-1, keepdim=True)
+    inverse = (127 / top.where(top > 0, 1)).clamp(max=torch.finfo(hidden.dtype).max)
+    return (hidden * inverse).round() * (top / 127)
 
 
 class MaskNet(nn.Module):

@@ -64,7 +64,7 @@ class PredictedSparsityConfig(MethodConfig):
 
     method: Literal["predicted-sparsity"] = "predicted-sparsity"
     stage: ClassVar[Stage] = "sparsity"
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
     criterion: Criterion = "plainact"
     predictor: Literal["unified", "per-layer"] = "unified"
     tap: Literal["attention_output", "residual"] = "residual"
