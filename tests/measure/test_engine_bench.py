@@ -54,7 +54,11 @@ def test_speeds_stand_beside_the_rival_of_the_same_rounds(rows: list[dict[str, A
         else:
             assert entry["rival"] == "transformers bf16"
             assert entry["speed_low"] <= entry["speed_ratio"] <= entry["speed_high"]
-            assert 0 < entry["bandwidth_share"] < 1
+    # All rows are held against one measured bandwidth. So small a model lies in the caches, so a share may be above 1.
+    mine = [r for r in rows if r["name"] != "transformers"]
+    bandwidths = [r["bytes_per_token"] / (r["ms_per_token"] / 1000) / r["bandwidth_share"] for r in mine]
+    assert bandwidths == pytest.approx([bandwidths[0]] * len(mine), rel=1e-6)
+    assert 1e8 < bandwidths[0] < 1e13
 
 
 def test_memory_is_that_of_a_process_without_torch(compressed_folder: Path) -> None:
