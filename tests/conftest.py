@@ -8,6 +8,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach a network
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -101,6 +102,18 @@ def build_tiny(model_type: str = "llama", *, seed: int = 0, add_bos: bool = True
 def make_model() -> Callable[..., LoadedModel]:
     """``make_model("qwen3", seed=1)`` builds a fresh tiny model of any supported family."""
     return build_tiny
+
+
+@pytest.fixture(scope="session")
+def save_model() -> Callable[[LoadedModel, Path], Path]:
+    """``save_model(model, folder)`` writes weights and tokenizer as safetensors, and returns the folder."""
+
+    def save(model: LoadedModel, folder: Path) -> Path:
+        model.module.save_pretrained(folder)
+        model.tokenizer.save_pretrained(folder)
+        return folder
+
+    return save
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import runpy
 import secrets
 import signal
@@ -21,6 +22,8 @@ from pathlib import Path
 import nbformat
 import pytest
 from playwright.sync_api import Browser, ConsoleMessage, Page, expect, sync_playwright
+
+from workbench.models import LoadedModel
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -266,3 +269,39 @@ def open_lab(
         return f"{base}/lab/tree/{path.name}?token={token}"
 
     return opened
+
+
+@pytest.fixture
+def tiny_folder(
+    tmp_path: Path, make_model: Callable[..., LoadedModel], save_model: Callable[[LoadedModel, Path], Path]
+) -> Path:
+    """A tiny random model as a folder."""
+    return save_model(make_model(), tmp_path / "tiny-model")
+
+
+@pytest.fixture
+def run_all(page: Page) -> Callable[..., None]:
+    """``run_all(url, height=...)`` opens a notebook in a window that shows all of it, and runs its cells."""
+
+    def run(url: str, *, height: int) -> None:
+        page.set_viewport_size({"width": 1400, "height": height})
+        page.goto(url)
+        expect(page.locator(".jp-Notebook .jp-CodeCell").first).to_be_visible(timeout=60_000)
+        expect(page.get_by_text("Python 3 (ipykernel) | Idle")).to_be_visible(timeout=60_000)
+        page.get_by_role("menuitem", name="Run", exact=True).click()
+        page.get_by_role("menuitem", name=re.compile("^Run All Cells$")).click()
+
+    return run
+
+
+@pytest.fixture
+def nothing_amiss(page: Page, console_errors: list[str], requested_urls: list[str]) -> Callable[[], None]:
+    """``nothing_amiss()``: no cell and no console had an error, and nothing left the machine."""
+
+    def check() -> None:
+        assert page.locator(".jp-RenderedText[data-mime-type='application/vnd.jupyter.stderr']").count() == 0
+        assert console_errors == []
+        away = [url for url in requested_urls if not re.match(r"(https?|ws)://127\.0\.0\.1[:/]|data:|blob:", url)]
+        assert away == []
+
+    return check

@@ -12,8 +12,6 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import Locator, Page, expect
 
-from workbench.models import LoadedModel
-
 pytestmark = pytest.mark.browser
 
 NOTEBOOK = Path(__file__).parents[2] / "notebooks" / "01_sensitivity.ipynb"
@@ -24,12 +22,9 @@ BENIGN: tuple[str, ...] = ()
 
 
 @pytest.fixture
-def lab_url(tmp_path: Path, make_model: Callable[..., LoadedModel], open_lab: Callable[[Path, str], str]) -> str:
+def lab_url(tiny_folder: Path, open_lab: Callable[[Path, str], str]) -> str:
     """A JupyterLab with the notebook open, on a tiny model."""
-    model = make_model()
-    model.module.save_pretrained(tmp_path / "tiny-model")
-    model.tokenizer.save_pretrained(tmp_path / "tiny-model")
-    return open_lab(NOTEBOOK, f"MODEL = {str(tmp_path / 'tiny-model')!r}\nBUDGET = 4.5")
+    return open_lab(NOTEBOOK, f"MODEL = {str(tiny_folder)!r}\nBUDGET = 4.5")
 
 
 def part(page: Page, name: str) -> Locator:
@@ -50,14 +45,10 @@ def test_look_pick_run_cancel_and_run_again(
     lab_url: str,
     console_errors: list[str],
     requested_urls: list[str],
+    run_all: Callable[..., None],
     screenshot: Callable[[str], Path],
 ) -> None:
-    page.set_viewport_size({"width": 1400, "height": 3000})
-    page.goto(lab_url)
-    expect(page.locator(".jp-Notebook .jp-CodeCell").first).to_be_visible(timeout=60_000)
-    expect(page.get_by_text("Python 3 (ipykernel) | Idle")).to_be_visible(timeout=60_000)
-    page.get_by_role("menuitem", name="Run", exact=True).click()
-    page.get_by_role("menuitem", name=re.compile("^Run All Cells$")).click()
+    run_all(lab_url, height=3000)
 
     # Look: the analysis starts by itself; solved for the budget of the parameters.
     expect(part(page, "wb-predicted")).to_contain_text("effective bits for the 4.50 asked", timeout=PATIENCE_MS)

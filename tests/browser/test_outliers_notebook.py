@@ -12,8 +12,6 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import Locator, Page, expect
 
-from workbench.models import LoadedModel
-
 pytestmark = pytest.mark.browser
 
 NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
@@ -38,34 +36,22 @@ SETTINGS = OutlierSettings(
 
 @pytest.fixture
 def open_notebook(
-    tmp_path: Path,
     page: Page,
-    make_model: Callable[..., LoadedModel],
+    tiny_folder: Path,
     open_lab: Callable[[Path, str], str],
-    console_errors: list[str],
-    requested_urls: list[str],
+    run_all: Callable[..., None],
+    nothing_amiss: Callable[[], None],
 ) -> Iterator[Callable[[str], None]]:
     """Open a notebook, run all its cells, wait for the analysis; afterwards, nothing went wrong or left the machine."""
 
     def opened(name: str) -> None:
-        model = make_model()
-        model.module.save_pretrained(tmp_path / "tiny-model")
-        model.tokenizer.save_pretrained(tmp_path / "tiny-model")
-        url = open_lab(NOTEBOOKS / name, PARAMETERS.format(model=str(tmp_path / "tiny-model")))
-        page.set_viewport_size({"width": 1400, "height": 5200})
-        page.goto(url)
-        expect(page.locator(".jp-Notebook .jp-CodeCell").first).to_be_visible(timeout=60_000)
-        expect(page.get_by_text("Python 3 (ipykernel) | Idle")).to_be_visible(timeout=60_000)
-        page.get_by_role("menuitem", name="Run", exact=True).click()
-        page.get_by_role("menuitem", name=re.compile("^Run All Cells$")).click()
+        url = open_lab(NOTEBOOKS / name, PARAMETERS.format(model=str(tiny_folder)))
+        run_all(url, height=5200)
         for picture in ("wb-profile", "wb-scatter", "wb-surface", "wb-errors"):
             expect(part(page, picture).locator(".js-plotly-plot .main-svg").first).to_be_visible(timeout=PATIENCE_MS)
 
     yield opened
-    assert page.locator(".jp-RenderedText[data-mime-type='application/vnd.jupyter.stderr']").count() == 0
-    assert console_errors == []
-    away = [url for url in requested_urls if not re.match(r"(https?|ws)://127\.0\.0\.1[:/]|data:|blob:", url)]
-    assert away == []
+    nothing_amiss()
 
 
 def part(page: Page, name: str) -> Locator:

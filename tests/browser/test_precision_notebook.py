@@ -12,8 +12,6 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import Locator, Page, expect
 
-from workbench.models import LoadedModel
-
 pytestmark = pytest.mark.browser
 
 NOTEBOOK = Path(__file__).parents[2] / "notebooks" / "02_dynamic_precision.ipynb"
@@ -39,11 +37,8 @@ SETTINGS = PrecisionSettings(
 
 
 @pytest.fixture
-def lab_url(tmp_path: Path, make_model: Callable[..., LoadedModel], open_lab: Callable[[Path, str], str]) -> str:
-    model = make_model()
-    model.module.save_pretrained(tmp_path / "tiny-model")
-    model.tokenizer.save_pretrained(tmp_path / "tiny-model")
-    return open_lab(NOTEBOOK, PARAMETERS.format(model=str(tmp_path / "tiny-model")))
+def lab_url(tiny_folder: Path, open_lab: Callable[[Path, str], str]) -> str:
+    return open_lab(NOTEBOOK, PARAMETERS.format(model=str(tiny_folder)))
 
 
 def part(page: Page, name: str) -> Locator:
@@ -81,16 +76,11 @@ def expected_bits(page: Page) -> float:
 def test_look_move_drag_and_run(
     page: Page,
     lab_url: str,
-    console_errors: list[str],
-    requested_urls: list[str],
+    run_all: Callable[..., None],
+    nothing_amiss: Callable[[], None],
     screenshot: Callable[[str], Path],
 ) -> None:
-    page.set_viewport_size({"width": 1400, "height": 4600})
-    page.goto(lab_url)
-    expect(page.locator(".jp-Notebook .jp-CodeCell").first).to_be_visible(timeout=60_000)
-    expect(page.get_by_text("Python 3 (ipykernel) | Idle")).to_be_visible(timeout=60_000)
-    page.get_by_role("menuitem", name="Run", exact=True).click()
-    page.get_by_role("menuitem", name=re.compile("^Run All Cells$")).click()
+    run_all(lab_url, height=4600)
 
     # Look: it starts by itself. The cell below the widget lowers the target by a quarter of a bit.
     expect(part(page, "wb-expected")).to_contain_text("for the 3.25 asked", timeout=PATIENCE_MS)
@@ -187,7 +177,4 @@ def test_look_move_drag_and_run(
     )
     screenshot("precision-4-error")
 
-    assert page.locator(".jp-RenderedText[data-mime-type='application/vnd.jupyter.stderr']").count() == 0
-    assert console_errors == []
-    away = [url for url in requested_urls if not re.match(r"(https?|ws)://127\.0\.0\.1[:/]|data:|blob:", url)]
-    assert away == []
+    nothing_amiss()

@@ -12,8 +12,6 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import Locator, Page, expect
 
-from workbench.models import LoadedModel
-
 pytestmark = pytest.mark.browser
 
 NOTEBOOK = Path(__file__).parents[2] / "notebooks" / "05_sparsity.ipynb"
@@ -77,24 +75,15 @@ def press(page: Page, name: str, key: str, times: int = 1) -> None:
 
 
 def test_look_pick_and_run(
-    tmp_path: Path,
     page: Page,
-    make_model: Callable[..., LoadedModel],
+    tiny_folder: Path,
     open_lab: Callable[[Path, str], str],
-    console_errors: list[str],
-    requested_urls: list[str],
+    run_all: Callable[..., None],
+    nothing_amiss: Callable[[], None],
     screenshot: Callable[[str], Path],
 ) -> None:
-    model = make_model()
-    model.module.save_pretrained(tmp_path / "tiny-model")
-    model.tokenizer.save_pretrained(tmp_path / "tiny-model")
-    url = open_lab(NOTEBOOK, PARAMETERS.format(model=str(tmp_path / "tiny-model")))
-    page.set_viewport_size({"width": 1400, "height": 5200})
-    page.goto(url)
-    expect(page.locator(".jp-Notebook .jp-CodeCell").first).to_be_visible(timeout=60_000)
-    expect(page.get_by_text("Python 3 (ipykernel) | Idle")).to_be_visible(timeout=60_000)
-    page.get_by_role("menuitem", name="Run", exact=True).click()
-    page.get_by_role("menuitem", name=re.compile("^Run All Cells$")).click()
+    url = open_lab(NOTEBOOK, PARAMETERS.format(model=str(tiny_folder)))
+    run_all(url, height=5200)
 
     # The last cell leaves out ten points more than the parameters say.
     expect(part(page, "wb-predicted")).to_contain_text("30% left out", timeout=PATIENCE_MS)
@@ -158,7 +147,4 @@ def test_look_pick_and_run(
     page.wait_for_timeout(1000)
     screenshot("sparsity-3-measured")
 
-    assert page.locator(".jp-RenderedText[data-mime-type='application/vnd.jupyter.stderr']").count() == 0
-    assert console_errors == []
-    away = [url for url in requested_urls if not re.match(r"(https?|ws)://127\.0\.0\.1[:/]|data:|blob:", url)]
-    assert away == []
+    nothing_amiss()

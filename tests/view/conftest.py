@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 
 from workbench.analysis.profile import Profile, Provenance
+from workbench.models import LoadedModel
 
 ROLES = {"q": "qkv", "k": "qkv", "v": "qkv", "o": "o", "gate": "gate_up", "up": "gate_up", "down": "down"}
 
@@ -65,6 +67,16 @@ def provenance(kind: str, model: str) -> Provenance:
     return Provenance(
         kind=kind, model=model, architecture_sha256="a" * 64, weights_sha256="b" * 64, parameters={"group_size": 64}
     )
+
+
+@pytest.fixture(scope="module")
+def model_folder(
+    tmp_path_factory: pytest.TempPathFactory,
+    make_model: Callable[..., LoadedModel],
+    save_model: Callable[[LoadedModel, Path], Path],
+) -> Path:
+    """A tiny random model as a folder."""
+    return save_model(make_model(), tmp_path_factory.mktemp("model") / "tiny")
 
 
 @pytest.fixture

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from workbench.errors import InputError
-from workbench.models import LoadedModel
 from workbench.store import Store
 from workbench.view import outliers_error_plots as error_plots
 from workbench.view import outliers_panels
@@ -33,14 +32,6 @@ SETTINGS = OutlierSettings(
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("outliers")
-
-
-@pytest.fixture(scope="module")
-def model_folder(home: Path, make_model: Callable[..., LoadedModel]) -> Path:
-    model = make_model()
-    model.module.save_pretrained(home / "tiny")
-    model.tokenizer.save_pretrained(home / "tiny")
-    return home / "tiny"
 
 
 def made(home: Path, folder: Path, method: str) -> OutlierSitting:

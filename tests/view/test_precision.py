@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -39,14 +39,6 @@ SETTINGS = PrecisionSettings(
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("precision")
-
-
-@pytest.fixture(scope="module")
-def model_folder(home: Path, make_model: Callable[..., LoadedModel]) -> Path:
-    model = make_model()
-    model.module.save_pretrained(home / "tiny")
-    model.tokenizer.save_pretrained(home / "tiny")
-    return home / "tiny"
 
 
 @pytest.fixture(scope="module")

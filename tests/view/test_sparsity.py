@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from workbench.store import Store
 from workbench.view import sparsity_panels, sparsity_verdicts
 from workbench.view import sparsity_plots as plots
 from workbench.view import sparsity_quality_plots as quality_plots
-from workbench.view.sparsity_controller import SparsitySitting, SparsityState, require_predictor
+from workbench.view.sparsity_controller import SparsitySitting, SparsityState
 from workbench.view.sparsity_loop import Look, Tables, predicted_kl, unit_shares
 from workbench.view.sparsity_picks import SparsityPick, SparsitySettings
 
@@ -61,14 +61,6 @@ SETTINGS = SparsitySettings(
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("sparsity")
-
-
-@pytest.fixture(scope="module")
-def model_folder(home: Path, make_model: Callable[..., LoadedModel]) -> Path:
-    model = make_model()
-    model.module.save_pretrained(home / "tiny")
-    model.tokenizer.save_pretrained(home / "tiny")
-    return home / "tiny"
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +124,8 @@ def test_masks_are_those_that_an_engine_decides(sitting: SparsitySitting, change
 
 def test_what_follows_changes_what_mattered_and_no_mask(sitting: SparsitySitting) -> None:
     tables, look, _ = seen(sitting)
-    predictor = require_predictor(tables.of(sitting.state.pick))
+    predictor = tables.predictor
+    assert predictor is not None
     text = look.texts[0]
     cut = len(text.tokens) - 6
     changed = [*text.tokens[:cut], *((token + 7) % 256 for token in text.tokens[cut:])]

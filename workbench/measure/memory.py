@@ -40,6 +40,17 @@ def available_bytes(group: Path = Path("/sys/fs/cgroup")) -> int:
     return max(0, free)
 
 
+def engines_at_once(parameters: int, most: int | None = None) -> int:
+    """How many engines stand beside one dense pass: what half of the available memory holds in fp32, at least one.
+
+    Args:
+        parameters: of the model that each of them holds.
+        most: at most so many.
+    """
+    held = max(1, available_bytes() // 2 // (4 * parameters))
+    return held if most is None else min(most, held)
+
+
 def rss_bytes() -> int:
     """Resident size of this process now."""
     return int(psutil.Process().memory_info().rss)

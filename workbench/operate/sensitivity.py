@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from workbench.analysis.common import WIDTHS
 from workbench.analysis.profile import Profile
@@ -163,7 +163,17 @@ def look(
     return Sensitivity(steps, units, steps_cached and units_cached)
 
 
-def chosen_prompts(options: SensitivityOptions) -> tuple[str, ...]:
+class Prompted(Protocol):
+    """Options that may name prompts: the user's, and how many of the project's own where there are none."""
+
+    @property
+    def prompts(self) -> tuple[str, ...]: ...
+
+    @property
+    def n_prompts(self) -> int: ...
+
+
+def chosen_prompts(options: Prompted) -> tuple[str, ...]:
     """The prompts in use: the user's, or the project's English ones, spread over the domains."""
     if options.prompts:
         return options.prompts

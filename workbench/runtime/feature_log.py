@@ -159,11 +159,12 @@ class FeatureReader:
     ) -> None:
         self._log, self._sites, self._prefix = log, sites, int(predictor.facts["prefix"])
         self._heads, self._head_dim = architecture.n_heads, architecture.head_dim
+        groups = predictor_groups(architecture, predictor)
         self._scored = {
             architecture.unit(f"blocks.{group.block}.{'o' if group.kind == 'heads' else 'down'}").linears[0].id: index
-            for index, group in enumerate(predictor_groups(architecture, predictor))
+            for index, group in enumerate(groups)
         }
-        self._kinds = [group.kind for group in predictor_groups(architecture, predictor)]
+        self._kinds = [group.kind for group in groups]
         self._first, self._seen = -1, set[str]()  # of the running chunk: its first position, and sites that came
         self._chosen: list[tuple[int, int]] = []  # rows of the running chunk, and their places in the log
         self._inputs: dict[int, np.ndarray] = {}

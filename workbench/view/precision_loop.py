@@ -19,7 +19,6 @@ from workbench.apply.allocation import allocate, gain_damage
 from workbench.apply.nested import NestedConfig
 from workbench.apply.precision_config import PrecisionConfig
 from workbench.apply.recipe import Recipe
-from workbench.corpus import prompts as all_prompts
 from workbench.formats.compressed import CompressedModel
 from workbench.formats.folder import is_compressed
 from workbench.measure.bench import BenchContext
@@ -30,6 +29,7 @@ from workbench.measure.measurement import evaluation_windows
 from workbench.models import LoadedModel, load
 from workbench.operate.fits import fitted
 from workbench.operate.jobs import analyze
+from workbench.operate.sensitivity import chosen_prompts
 from workbench.progress import Job
 from workbench.runtime import choose_engine, open_engine
 from workbench.runtime.base import Engine
@@ -76,13 +76,6 @@ class PrecisionSettings(Measuring):
         """
         dynamic = PrecisionConfig(targets=(), calibration_tokens=1024)
         return cls(nested=NestedConfig(fit="rounded"), dynamic=dynamic)
-
-    @property
-    def chosen_prompts(self) -> tuple[str, ...]:
-        if self.prompts:
-            return self.prompts
-        known = all_prompts(language="en")
-        return tuple(prompt.text for prompt in known[:: max(1, len(known) // max(1, self.n_prompts))][: self.n_prompts])
 
 
 @dataclass(frozen=True)
@@ -140,9 +133,9 @@ def look_at_choices(
     plan = precision_plan(compressed.architecture, require_selectors(compressed), target, rule)
     engine = open_engine(compressed, engine=settings.engine, plan=plan, threads=settings.threads)
     sequences = []
-    job.stage("generate replies to look at", len(settings.chosen_prompts))
+    job.stage("generate replies to look at", len(chosen_prompts(settings)))
     try:
-        for prompt in settings.chosen_prompts:
+        for prompt in chosen_prompts(settings):
             ids = engine.model.encode_chat(prompt)
             reply = engine.generate(
                 engine.start(seed=settings.seed),
@@ -287,7 +280,7 @@ class _Engines:
 def _replies(
     model: LoadedModel, dense: Engine, moving: Engine, policy: Policy, settings: PrecisionSettings, job: Job
 ) -> tuple[Generation, ...]:
-    prompts = settings.chosen_prompts
+    prompts = chosen_prompts(settings)
     job.stage("generate text with both", 2 * len(prompts))
     moving.set_policy(policy)
     sides = []

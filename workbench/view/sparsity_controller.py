@@ -12,8 +12,6 @@ import pandas as pd
 
 from workbench.analysis.mask_steps import MaskOutcomes, ScoredText, outcomes, plan_masks, true_masks
 from workbench.errors import InputError, WorkbenchError
-from workbench.formats.compressed import CompressedModel
-from workbench.formats.mask_predictor import MaskPredictor
 from workbench.measure.sparse_plans import sparse_plan
 from workbench.store import Store
 from workbench.view import sparsity_loop
@@ -183,7 +181,8 @@ def compared(tables: Tables, text: ScoredText, pick: SparsityPick) -> tuple[Mask
     scope are in force.
     """
     model = tables.of(pick)
-    prefix = int(require_predictor(model).facts["prefix"])
+    assert tables.predictor is not None  # it masks heads and neurons
+    prefix = int(tables.predictor.facts["prefix"])
     of_scope = replace(pick, method="predicted")
     positions, predicted = plan_masks(sparse_plan(model, of_scope.asked), text, prefix)
     true = true_masks(model.architecture, text, positions, pick.criterion, pick.sparsity, CONTROL)
@@ -199,10 +198,3 @@ def compared(tables: Tables, text: ScoredText, pick: SparsityPick) -> tuple[Mask
     counts = [shown.counts().assign(line=pick.line)]
     counts += [beside(one).counts().assign(line=one.line) for one in rivals if one.line != pick.line]
     return shown, pd.concat(counts, ignore_index=True)
-
-
-def require_predictor(model: CompressedModel) -> MaskPredictor:
-    """The predictor of a model that masks."""
-    if model.mask_predictor is None:
-        raise InputError("This model has no mask predictor: compress it with 'predicted-sparsity'.")
-    return model.mask_predictor

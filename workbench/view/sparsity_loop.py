@@ -19,6 +19,7 @@ from workbench.corpus import TextRecord, Window, windows
 from workbench.errors import InputError, WorkbenchError
 from workbench.formats.compressed import CompressedModel
 from workbench.formats.folder import is_compressed
+from workbench.formats.mask_predictor import MaskPredictor
 from workbench.measure.bench import BenchContext
 from workbench.measure.benches.sparsity_methods import Contender
 from workbench.measure.benches.sparsity_quality import PREFIX, measure_quality
@@ -29,6 +30,7 @@ from workbench.measure.sparse_plans import sparse_plan
 from workbench.models import LoadedModel, load
 from workbench.operate.fits import fitted
 from workbench.operate.jobs import ProfileShelf, analyze
+from workbench.operate.sensitivity import chosen_prompts
 from workbench.progress import Job
 from workbench.runtime import open_engine
 from workbench.runtime.input_sparsity import input_shares
@@ -63,17 +65,19 @@ class Tables:
         )
 
     @property
+    def predictor(self) -> MaskPredictor | None:
+        return None if self.masks is None else self.masks.mask_predictor
+
+    @property
     def criteria(self) -> tuple[str, ...]:
         """Criteria that true scores and static masks can go by: those that means were kept of."""
-        if self.masks is None or self.masks.mask_predictor is None:
-            return ()
-        return tuple(name for name in CRITERIA if name in self.masks.mask_predictor.aggregates)
+        made = self.predictor
+        return () if made is None else tuple(name for name in CRITERIA if name in made.aggregates)
 
     @property
     def fitted_for(self) -> str:
         """The criterion that the predictor predicts; empty without one."""
-        made = self.masks.mask_predictor if self.masks is not None else None
-        return "" if made is None else str(made.facts["criterion"])
+        return "" if self.predictor is None else str(self.predictor.facts["criterion"])
 
     def of(self, pick: SparsityPick) -> CompressedModel:
         """The model that a pick is run with.
@@ -148,9 +152,9 @@ def look(tables: Tables, settings: SparsitySettings, store: Store, job: Job) -> 
     """Score replies, hold the predictor against true scores, and measure every method on sampled text."""
     texts: tuple[ScoredText, ...] = ()
     quality = None
-    if tables.masks is not None and tables.masks.mask_predictor is not None:
-        texts = _scored_texts(tables, settings, job)
-        quality = _predictor_quality(tables, settings, store, job)
+    if tables.predictor is not None:
+        texts = _scored_texts(tables, tables.predictor, settings, job)
+        quality = _predictor_quality(tables.dense, tables.predictor, settings, store, job)
     sampled, record = _sampled_windows(tables.dense, settings, store, job)
     picks = [pick.at(sparsity) for pick in lines(tables) for sparsity in settings.curve]
     whole, found = measured(tables, picks, sampled, record, settings, store, job)
@@ -245,18 +249,17 @@ def _place(unit: str) -> tuple[int, str]:
     return int(block), kind
 
 
-def _scored_texts(tables: Tables, settings: SparsitySettings, job: Job) -> tuple[ScoredText, ...]:
+def _scored_texts(
+    tables: Tables, predictor: MaskPredictor, settings: SparsitySettings, job: Job
+) -> tuple[ScoredText, ...]:
     """Texts, or the dense model's replies, long enough that something is decided in them."""
-    dense, made = tables.dense, tables.masks
-    assert made is not None
-    assert made.mask_predictor is not None
-    found = []
-    prefix = int(made.mask_predictor.facts["prefix"])
+    dense, found = tables.dense, []
+    prefix = int(predictor.facts["prefix"])
     sequences = _sequences(dense, settings, job)
     job.stage("score heads and neurons", len(sequences))
     for tokens, prompt in sequences:
         if len(tokens) > prefix + 1:
-            found.append(score_text(dense, made.mask_predictor, tokens, prompt, tables.criteria, job))
+            found.append(score_text(dense, predictor, tokens, prompt, tables.criteria, job))
         job.advance()
     if not found:
         raise InputError(
@@ -271,7 +274,7 @@ def _sequences(dense: LoadedModel, settings: SparsitySettings, job: Job) -> list
     if settings.texts:
         longest = dense.architecture.context_length
         return [(dense.encode(text)[:longest], 1) for text in settings.texts]
-    prompts = settings.chosen_prompts
+    prompts = chosen_prompts(settings)
     job.stage("generate replies to look at", len(prompts))
     found = []
     engine = open_engine(dense, engine=settings.engine, threads=check_threads(settings.threads), activation_mode="fp32")
@@ -286,16 +289,13 @@ def _sequences(dense: LoadedModel, settings: SparsitySettings, job: Job) -> list
     return found
 
 
-def _predictor_quality(tables: Tables, settings: SparsitySettings, store: Store, job: Job) -> Profile:
-    made = tables.masks
-    assert made is not None
-    assert made.mask_predictor is not None
+def _predictor_quality(
+    dense: LoadedModel, predictor: MaskPredictor, settings: SparsitySettings, store: Store, job: Job
+) -> Profile:
     text, record = evaluation_windows(
-        settings.text, tables.dense, settings.quality_windows, settings.quality_length, seed=settings.seed
+        settings.text, dense, settings.quality_windows, settings.quality_length, seed=settings.seed
     )
-    analysis = PredictorQuality(
-        tables.dense, made.mask_predictor, [window.tokens for window in text], text=record, seed=settings.seed
-    )
+    analysis = PredictorQuality(dense, predictor, [window.tokens for window in text], text=record, seed=settings.seed)
     return analyze(store, analysis, job).profile
 
 

@@ -10,7 +10,6 @@ from workbench.apply.config import MethodConfig
 from workbench.apply.input_sparsity_config import InputSparsityConfig
 from workbench.apply.rtn import RtnConfig
 from workbench.apply.sparsity_config import Criterion, PredictedSparsityConfig
-from workbench.corpus import prompts as all_prompts
 from workbench.errors import InputError, suggest
 from workbench.runtime.mask_shares import Allocation
 from workbench.view.demo import Measuring
@@ -103,13 +102,6 @@ class SparsitySettings(Measuring):
             window_length=96,
             pairs=3,
         )
-
-    @property
-    def chosen_prompts(self) -> tuple[str, ...]:
-        if self.prompts:
-            return self.prompts
-        known = all_prompts(language="en")
-        return tuple(prompt.text for prompt in known[:: max(1, len(known) // max(1, self.n_prompts))][: self.n_prompts])
 
     @property
     def input_configs(self) -> tuple[InputSparsityConfig, ...]:

@@ -20,6 +20,7 @@ from workbench.measure.measurement import evaluation_windows
 from workbench.measure.quality import QualityResult, compare_candidates
 from workbench.measure.sparse_plans import sparse_plan
 from workbench.measure.statistics import median_bootstrap
+from workbench.operate.sensitivity import chosen_prompts
 from workbench.progress import Job
 from workbench.runtime import choose_engine, open_engine
 from workbench.runtime.base import Engine
@@ -137,7 +138,7 @@ def _replies(
     made, threads = tables.of(pick), check_threads(settings.threads)
     if pick.method == "oracle":
         return (), (), choose_engine(settings.engine, made)
-    prompts = settings.chosen_prompts
+    prompts = chosen_prompts(settings)
     job.stage("generate text with both", 2 * len(prompts))
     sides: list[list[tuple[str, ...]]] = []
     shares: list[float] = []

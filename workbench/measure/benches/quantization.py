@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 
 from workbench.apply.calibration import CalibrationText
 from workbench.measure.bench import BenchContext, Rows, bench
@@ -22,6 +21,7 @@ from workbench.measure.benches.quantization_methods import (
 )
 from workbench.measure.kept_quality import compare_kept
 from workbench.measure.measurement import evaluation_windows
+from workbench.measure.memory import engines_at_once
 from workbench.measure.quality import QualityResult, compare_candidates
 from workbench.measure.result import Sizes, quality_columns
 from workbench.measure.rows import row
@@ -33,7 +33,7 @@ from workbench.runtime import open_engine
 TEXTS: tuple[CalibrationText, ...] = ("prose", "pydoc")
 _WINDOWS, _QUICK_WINDOWS = (40, 512), (40, 128)  # how many, and their tokens
 _SPEED, _QUICK_SPEED = (20, 128), (10, 64)  # prompts read by each, and tokens decoded a round
-_FEWEST_AT_ONCE, _MOST_AT_ONCE = 2, 16  # engines beside one dense pass: each holds a model
+_AT_ONCE = 16  # engines beside one dense pass, at most: each holds logits of a chunk beside its model
 
 Qualities = dict[Contender, QualityResult]  # on one text
 
@@ -104,7 +104,7 @@ def _measure_quality(
     n_windows, length = _QUICK_WINDOWS if context.quick else _WINDOWS
     read = [evaluation_windows(text, model, n_windows, length) for text in texts]
     found: list[Qualities] = [{} for _ in texts]
-    at_once = _at_once(model)
+    at_once = engines_at_once(model.n_parameters, _AT_ONCE)
     dense = open_engine(model, threads=context.threads, activation_mode="fp32")
     try:
         for begin in range(0, len(contenders), at_once):
@@ -125,13 +125,6 @@ def _measure_quality(
     finally:
         dense.close()
     return found
-
-
-def _at_once(model: LoadedModel) -> int:
-    """Engines beside one dense pass, which is the dearest part: as many as half of the free memory holds as fp32."""
-    chunk = 128 * model.architecture.vocab_size  # logits, float64 while they are compared
-    held = psutil.virtual_memory().available / 2 / (4 * model.n_parameters + 8 * chunk)
-    return max(_FEWEST_AT_ONCE, min(_MOST_AT_ONCE, int(held)))
 
 
 def _measure_speed(

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
-import psutil
 
 from workbench.analysis.profile import Profile
 from workbench.analysis.sensitivity import UnitDamage
@@ -20,6 +19,7 @@ from workbench.formats.compressed import CompressedModel
 from workbench.measure.bench import BenchContext, Rows, bench
 from workbench.measure.kept_quality import compare_kept
 from workbench.measure.measurement import evaluation_windows
+from workbench.measure.memory import engines_at_once
 from workbench.measure.quality import QualityResult, compare_candidates
 from workbench.measure.result import Sizes, dense_quality_columns, quality_columns, recipe_columns
 from workbench.measure.rows import row
@@ -117,7 +117,7 @@ def _qualities(
     context: BenchContext,
 ) -> list[QualityResult]:
     """Quality of all candidates, as many at once as half of the free memory holds in fp32: one dense pass for each."""
-    at_once = max(1, int(psutil.virtual_memory().available / 2 / (4 * model.n_parameters)))
+    at_once = engines_at_once(model.n_parameters)
     found: list[QualityResult] = []
     for start in range(0, len(candidates), at_once):
         part = candidates[start : start + at_once]
