@@ -32,7 +32,7 @@ ORDER = (
     ("cli",),
 )
 RANK = {part: rank for rank, parts in enumerate(ORDER) for part in parts}
-EVERYWHERE = {"errors", "files", "progress", "resources"}
+EVERYWHERE = {"errors", "files", "progress", "resources", "waiting"}
 STORE_FROM = RANK["measure"]
 FACADE = {"", "__init__", "__main__"}  # the package itself, whose names are lazy, and `python -m workbench`
 

@@ -19,7 +19,7 @@ from workbench.apply.configs import fewest_tokens, sampled_length, window_length
 from workbench.apply.mask_examples import Examples, Span, collect
 from workbench.apply.mask_net import MaskNet, per_layer_spec, unified_spec
 from workbench.apply.mask_training import regress
-from workbench.apply.mask_tuning import MaskedRun, limit_of, tune
+from workbench.apply.mask_tuning import MaskedRun, limits_of, tune
 from workbench.apply.nested import NestedConfig
 from workbench.apply.precision_config import PrecisionConfig
 from workbench.apply.recipe import Recipe
@@ -381,14 +381,14 @@ def test_tuning_takes_off_divergence(make_model: Callable[..., LoadedModel], per
     assert all(torch.equal(before[name], p) and p.grad is None for name, p in model.module.named_parameters())
 
 
-def test_the_limit_leaves_out_the_share_of_weights(make_model: Callable[..., LoadedModel]) -> None:
+def test_limits_leave_out_the_share_of_weights(make_model: Callable[..., LoadedModel]) -> None:
     model = make_model()
     net = MaskNet(model.architecture, unified_spec(model.architecture), 4, seed=0)
     sizes = [(g.size, g.weights) for g in net.spec.groups]
     scores = torch.randn(50, sum(size for size, _ in sizes), generator=torch.Generator().manual_seed(0))
-    limit = limit_of(net, {0: scores}, 0.4)
     weights = torch.cat([torch.full((size,), float(weight)) for size, weight in sizes])
-    assert float(((scores <= limit) * weights).sum() / (50 * weights.sum())) == pytest.approx(0.4, abs=0.01)
+    for share, limit in zip((0.2, 0.4), limits_of(net, {0: scores}, (0.2, 0.4)), strict=True):
+        assert float(((scores <= limit) * weights).sum() / (50 * weights.sum())) == pytest.approx(share, abs=0.01)
 
 
 BAD_RECIPES: dict[str, tuple[Callable[[], tuple[Any, ...]], str]] = {

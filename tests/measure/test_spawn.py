@@ -12,6 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from workbench import waiting
 from workbench.errors import Cancelled, EngineError, InputError
 from workbench.measure.spawn import run_child
 from workbench.progress import Job, JobState
@@ -27,7 +28,9 @@ def work(request, job):
         job.advance()
     print("a library that prints must not break the protocol")
     if request["do"] == "answer":
-        return {"pid": os.getpid(), "omp": os.environ["OMP_NUM_THREADS"], "cpus": len(os.sched_getaffinity(0))}
+        policy = os.environ.get("OMP_WAIT_POLICY")
+        cpus = len(os.sched_getaffinity(0))
+        return {"pid": os.getpid(), "omp": os.environ["OMP_NUM_THREADS"], "cpus": cpus, "policy": policy}
     if request["do"] == "refuse":
         raise InputError("This prompt is too long: shorten it.")
     if request["do"] == "raise":
@@ -74,6 +77,19 @@ def test_answer_progress_and_pinning(child: str) -> None:
     assert (answer["omp"], answer["cpus"]) == ("1", 1)
     assert answer["pid"] != os.getpid()
     assert [(s.stage, s.done) for s in states] == [("counting", n) for n in range(4)]
+
+
+def test_what_is_measured_waits_as_the_user_said_and_not_as_fits_do(
+    child: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(waiting, "_chosen_here", False)
+    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
+    waiting.let_threads_sleep()
+    assert run_child(child, {"do": "answer"}, threads=1)["policy"] == "ACTIVE"
+    monkeypatch.delenv("OMP_WAIT_POLICY")
+    waiting.let_threads_sleep()
+    assert os.environ["OMP_WAIT_POLICY"] == "PASSIVE"
+    assert run_child(child, {"do": "answer"}, threads=1)["policy"] is None
 
 
 def test_an_expected_error_arrives_as_what_it_was(child: str) -> None:

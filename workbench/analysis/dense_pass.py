@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from workbench.analysis.blocks import block_calls, run_block
+from workbench.analysis.divergence import half_products
 from workbench.models.base import LoadedModel
 
 
@@ -61,7 +62,10 @@ class DensePass:
             if cap:
                 change = cap * (torch.tanh(self._head(hidden) / cap) - torch.tanh(self._head(self._final[i]) / cap))
             else:
-                change = self._head(hidden) - self._head(self._final[i])
+                # One product in place of two, which keeps the digits of a small change, also in bf16. A bias cancels.
+                with half_products(self._model):
+                    weight = self._model.module.get_output_embeddings().weight
+                    change = torch.nn.functional.linear(hidden - self._final[i], weight).float()
             total += float(divergence_of_change(self._log_probabilities[i], change).double().sum())
             count += len(change)
         return max(total / count, 0.0)

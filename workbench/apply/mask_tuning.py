@@ -10,11 +10,12 @@ score moves the threshold, and that counts in the slope, or all scores would jus
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 
-from workbench.analysis.divergence import log_probabilities
+from workbench.analysis.divergence import half_products, log_probabilities
 from workbench.analysis.masking import MaskKind, masking
 from workbench.apply.mask_examples import Span
 from workbench.apply.mask_net import MaskNet
@@ -102,12 +103,15 @@ class MaskedRun:
         def mask_of(block: int, kind: MaskKind) -> torch.Tensor | None:
             return self._masks.pop((block, kind), None)
 
-        with masking(self._model, spec.taps, see, mask_of):
+        # A draw changes far more than products in bf16 do; masks that are not drawn are the engines'.
+        half = nullcontext() if self._drawn is None else half_products(self._model)
+        with masking(self._model, spec.taps, see, mask_of), half:
             return self._model.module.base_model(input_ids=ids, use_cache=False).last_hidden_state
 
     def _choose(self, index: int, taps: torch.Tensor, deciding: torch.Tensor, place: torch.Tensor) -> None:
         spec, part = self._net.spec, self._net.spec.parts[index]
-        scores = self._net.parts[index](taps)
+        with torch.autocast(taps.device.type, enabled=False):  # engines round hidden activations alone
+            scores = self._net.parts[index](taps)
         if self._drawn is not None:
             apart = scores.detach().requires_grad_(True)
             self._held[index] = (scores, apart)
@@ -118,9 +122,12 @@ class MaskedRun:
         self.scores[index] = flat[few] + (_WIDTH * noise.flatten(0, 1)[few] if self._drawn is not None else 0)
         weights = part_weights(self._net, index).to(flat.device)
         whole = (deciding < 0)[:, None]
-        for number, (group, begin, end) in enumerate(spec.blocks_of(part), start=part.begin):
+        groups = spec.blocks_of(part)
+        # Split, not sliced: the gradient of a slice is as large as the whole.
+        by_group = scores.split([end - begin for _, begin, end in groups], dim=-1)
+        for number, ((group, begin, end), found) in enumerate(zip(groups, by_group, strict=True), start=part.begin):
             limit = self._limits[number] if self._limits.dim() else self._limits
-            above = scores[..., begin:end] - limit
+            above = found - limit
             mask = (above > 0).float() if self._drawn is None else _Gate.apply(above, noise[..., begin:end])
             if self._floors is not None and self._floors[number]:
                 best = above.detach().topk(self._floors[number], dim=-1).indices
@@ -213,27 +220,27 @@ def tune(
             losses.append(_divergence(model, run, ids, span.prefix))
             optimizer.step()
             schedule.step()
-            for key in limits:
-                limits[key] += _FOLLOW * (limit_of(net, run.scores, key) - limits[key])
+            for key, latest in zip(limits, limits_of(net, run.scores, list(limits)), strict=True):
+                limits[key] += _FOLLOW * (latest - limits[key])
             job.advance()
     return losses
 
 
-def limit_of(net: MaskNet, scores: Mapping[int, torch.Tensor], share: float) -> float:
-    """The threshold at which ``share`` of the weights is left out, of scores (tokens, units) of every part."""
+def limits_of(net: MaskNet, scores: Mapping[int, torch.Tensor], shares: Sequence[float]) -> list[float]:
+    """Thresholds at which each of ``shares`` of the weights is left out, of scores (tokens, units) of every part."""
     values = torch.cat([scores[index].flatten() for index in range(len(net.parts))])
     weights = torch.cat([part_weights(net, i).to(values.device).repeat(len(scores[i])) for i in range(len(net.parts))])
     order = values.argsort()
     total = weights[order].double().cumsum(0)
-    return float(values[order[int(torch.searchsorted(total, share * total[-1]).clamp(max=len(order) - 1))]])
+    asked = torch.tensor(shares, dtype=torch.float64, device=total.device) * total[-1]
+    return values[order[torch.searchsorted(total, asked).clamp(max=len(order) - 1)]].tolist()
 
 
 def _divergence(model: LoadedModel, run: MaskedRun, ids: torch.Tensor, prefix: int) -> float:
     """Divergence at the tokens after the prefix; its gradient is left in the net's parameters."""
-    with torch.no_grad():
+    with torch.no_grad(), half_products(model):
         dense = model.module.base_model(input_ids=ids, use_cache=False).last_hidden_state[:, prefix:].flatten(0, 1)
-    states = run.states(ids)
-    flat = states[:, prefix:].flatten(0, 1)
+    flat = run.states(ids)[:, prefix:].flatten(0, 1)
     total, gradient = 0.0, torch.zeros_like(flat)
     for begin in range(0, len(flat), _ROWS):
         rows = flat[begin : begin + _ROWS].detach().clone().requires_grad_(True)
@@ -275,4 +282,4 @@ def _first_limit(model: LoadedModel, net: MaskNet, span: Span, ids: torch.Tensor
     with torch.no_grad():
         run = MaskedRun(model, net, span, torch.tensor(-torch.inf, device=ids.device))
         run.states(ids)
-    return limit_of(net, run.scores, share)
+    return limits_of(net, run.scores, [share])[0]

@@ -64,7 +64,7 @@ class PredictedSparsityConfig(MethodConfig):
 
     method: Literal["predicted-sparsity"] = "predicted-sparsity"
     stage: ClassVar[Stage] = "sparsity"
-    version: ClassVar[int] = 3
+    version: ClassVar[int] = 4
     criterion: Criterion = "plainact"
     predictor: Literal["unified", "per-layer"] = "unified"
     tap: Literal["attention_output", "residual"] = "residual"

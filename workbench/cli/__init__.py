@@ -11,6 +11,7 @@ import typer
 
 from workbench.cli import console, generate, keep, look, run, train
 from workbench.errors import Cancelled, WorkbenchError
+from workbench.waiting import let_threads_sleep
 
 _UsageError: Any = typer.BadParameter.__base__  # click's own, which typer does not name
 _INTERRUPTED = 130
@@ -44,6 +45,7 @@ def common(
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and exit with a status that means something."""
+    let_threads_sleep()
     words = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in words
     words = [word for word in words if word != "--debug"]  # wherever it stands

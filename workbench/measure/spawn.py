@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import queue
 import signal
 import subprocess
@@ -22,6 +21,7 @@ import workbench.errors as errors
 from workbench.errors import EngineError, WorkbenchError
 from workbench.measure.environment import THREAD_VARIABLES
 from workbench.progress import Job
+from workbench.waiting import environment_as_given
 
 _POLL_S = 0.1  # how late a cancel may reach the child
 _LAST_BREATH_S = 30.0  # a crashing process that holds gigabytes takes a while to be gone
@@ -43,7 +43,7 @@ def run_child(module: str, request: Mapping[str, Any], *, threads: int, job: Job
     """
     job = job or Job()
     job.check()
-    environment = {**os.environ, **{name: str(threads) for name in THREAD_VARIABLES}, "TOKENIZERS_PARALLELISM": "false"}
+    pinned = {**dict.fromkeys(THREAD_VARIABLES, str(threads)), "TOKENIZERS_PARALLELISM": "false"}
     with tempfile.TemporaryFile() as words:
         process = subprocess.Popen(
             [sys.executable, "-m", module],
@@ -52,7 +52,7 @@ def run_child(module: str, request: Mapping[str, Any], *, threads: int, job: Job
             stderr=words,
             text=True,
             encoding="utf-8",
-            env=environment,
+            env={**environment_as_given(), **pinned},
         )
         assert process.stdin is not None  # a pipe
         lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
