@@ -64,7 +64,7 @@ class InputSparsityConfig(MethodConfig):
     calibration_tokens: Annotated[Whole, Field(ge=FEWEST_TOKENS)] = 13824
     allocation_tokens: Annotated[Whole, Field(ge=SHORTEST)] = 2048
     teacher: Literal["compressed", "dense"] = "compressed"
-    learning_steps: Annotated[Whole, Field(ge=1)] = 200
+    learning_steps: Annotated[Whole, Field(ge=1)] = 60
     learning_tokens: Annotated[Whole, Field(ge=SHORTEST)] = 2048
 
     @property

@@ -5,9 +5,11 @@ estimate, Bengio et al. 2013, arXiv 1308.3432). With all weights frozen, ln f an
 
     KL from the teacher - price * share,
 
-where share is that of all weights left out and price the Lagrange multiplier of the target: what KL gains by the share
-along the thresholds' gradient. After each step all thresholds are multiplied by one number, a Newton step towards the
-target. Each step takes the next target, which has thresholds and a price of its own; factors are common to all.
+with one second moment for all factors of a unit: with one for each, channels of whose use little can be told would move
+as far as those that matter. Share is that of all weights left out and price the Lagrange multiplier of the target: what
+KL gains by the share along the thresholds' gradient. After each step all thresholds are multiplied by one number, a
+Newton step towards the target. Each step takes the next target, which has thresholds and a price of its own; factors
+are common to all.
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ _FACTOR_RATE, _THRESHOLD_RATE = 0.02, 0.02  # change of a logarithm in the first
 _MOMENTUM, _MEMORY = 0.9, 0.99  # of Adam
 _SMOOTHING = 0.9  # of price and share, which differ from text to text
 _NEWTON = 0.3  # part of a Newton step on the share that is taken: texts differ
-_CHECK, _PATIENCE = 20, 4  # steps between looks at held-out text; looks without gain before the fit ends
+_CHECK, _PATIENCE = 10, 4  # steps between looks at held-out text; looks without gain before the fit ends
 
 
 @dataclass(frozen=True)
@@ -70,9 +72,9 @@ class _State:
     """All that moves, as flat tensors, so that it can be kept and found again."""
 
     def __init__(self, factors: torch.Tensor, thresholds: torch.Tensor) -> None:
-        targets = len(thresholds)
+        targets, units = thresholds.shape
         self.factors, self.thresholds = factors.clone(), thresholds.clone()
-        self.moments = {name: torch.zeros_like(factors) for name in ("mean", "square")}
+        self.moments = {"mean": torch.zeros_like(factors), "square": factors.new_zeros(units)}
         self.threshold_moments = {name: torch.zeros_like(thresholds) for name in ("mean", "square")}
         self.price = torch.zeros(targets, dtype=torch.float64)
         self.share = torch.full((targets,), -1.0, dtype=torch.float64)  # -1: none seen yet
@@ -146,7 +148,7 @@ def learn_cuts(
     learner = _Learner(model, teacher, windows, held, targets, first, protected, job)
     state = _State(torch.zeros(learner.n_factors, device=model.device), start.to(model.device, torch.float32))
     for step in reversed(range(0, steps + 1, _CHECK)):
-        kept = parts.find(f"learnt {step}")
+        kept = parts.find(_part(step))
         if kept is not None:
             state.take(kept.tensors, kept.facts)
             break
@@ -154,7 +156,7 @@ def learn_cuts(
     with InputMasks(model, first) as masks, torch.inference_mode(False):
         if state.before == math.inf:
             state.before = learner.look(masks, state)
-            parts.keep("learnt 0", state.tensors(), state.facts())
+            parts.keep(_part(0), state.tensors(), state.facts())
         order = learner.windows_of_steps(max(1, -(-tokens // len(windows[0]))))
         for _ in range(state.step):
             next(order)
@@ -165,7 +167,7 @@ def learn_cuts(
             job.advance()
             if state.step % _CHECK == 0 or state.step == steps:
                 learner.look(masks, state)
-                parts.keep(f"learnt {state.step}", state.tensors(), state.facts())
+                parts.keep(_part(state.step), state.tensors(), state.facts())
     return LearntCuts(
         [part.cpu() for part in learner.by_unit(state.best_factors)],
         state.best_thresholds.cpu(),
@@ -173,6 +175,10 @@ def learn_cuts(
         state.kl,
         state.step,
     )
+
+
+def _part(step: int) -> str:
+    return f"learnt by unit {step}"
 
 
 class _Learner:
@@ -232,13 +238,22 @@ class _Learner:
         exact = float((thresholds.grad + price * rises) @ rises / (rises @ rises + 1e-30))
         state.price[at] += (1.0 if new else 1 - _SMOOTHING) * (exact - price)
         state.share[at] += (1.0 if new else 1 - _SMOOTHING) * (share - float(state.share[at]))
-        counts = state.step + 1, state.step // len(self._targets) + 1
-        state.factors -= _adam(state.moments, factors.grad, slice(None), counts[0], _FACTOR_RATE * rate)
-        moved = _adam(state.threshold_moments, thresholds.grad, at, counts[1], _THRESHOLD_RATE * rate)
+        state.factors -= _FACTOR_RATE * rate * self._factor_step(state, factors.grad)
+        mean, square = (state.threshold_moments[name][at] for name in ("mean", "square"))
+        mean.lerp_(thresholds.grad, 1 - _MOMENTUM)
+        square.lerp_(thresholds.grad.square(), 1 - _MEMORY)
+        moved = _THRESHOLD_RATE * rate * _adam(mean, square, state.step // len(self._targets) + 1)
         # A step along the thresholds that hold the share, and one towards the target.
         moved -= (moved @ rises) / (rises.sum() + 1e-30)
         towards = _NEWTON * (self._targets[at] - share) / (float(rises.sum()) + 1e-30)
         state.thresholds[at] += max(-_NEWTON, min(towards, _NEWTON)) - moved
+
+    def _factor_step(self, state: _State, gradient: torch.Tensor) -> torch.Tensor:
+        mean, square = state.moments["mean"], state.moments["square"]
+        mean.lerp_(gradient, 1 - _MOMENTUM)
+        square.lerp_(torch.stack([part.square().mean() for part in self.by_unit(gradient)]), 1 - _MEMORY)
+        widths = torch.tensor(self._widths, device=square.device)
+        return _adam(mean, square.repeat_interleave(widths), state.step + 1)
 
     def look(self, masks: InputMasks, state: _State) -> float:
         """Judge the state on held-out text and keep it where it is the best; return its KL.
@@ -297,12 +312,7 @@ class _Learner:
         return loss
 
 
-def _adam(
-    moments: dict[str, torch.Tensor], gradient: torch.Tensor, at: int | slice, count: int, rate: float
-) -> torch.Tensor:
-    """What one step of Adam (Kingma and Ba 2015) takes off; ``at`` says of which rows the moments are."""
-    mean, square = moments["mean"][at], moments["square"][at]
-    mean.lerp_(gradient, 1 - _MOMENTUM)
-    square.lerp_(gradient.square(), 1 - _MEMORY)
+def _adam(mean: torch.Tensor, square: torch.Tensor, count: int) -> torch.Tensor:
+    """A step of Adam (Kingma and Ba 2015) of rate 1, from moments after ``count`` gradients."""
     size = (square / (1 - _MEMORY**count)).sqrt()
-    return rate * mean / (1 - _MOMENTUM**count) / (size + 1e-12)
+    return mean / (1 - _MOMENTUM**count) / (size + 1e-12)
