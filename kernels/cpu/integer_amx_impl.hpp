@@ -236,26 +236,39 @@ void integer_amx(const Matrix& w, const Activation* x, int n, float* const* y, b
 // unsigned form adds to the sum.
 inline std::int32_t add_digits(const IntegerInput& in, std::int8_t* q) {
   std::fill(q + in.laid_out(), q + in.padded(), std::int8_t{0});
-  const auto sum_of = [](const std::int8_t* codes, int n) {
-    __m512i sum = _mm512_setzero_si512();
-    for (int i = 0; i < n; i += 64) sum = _mm512_dpbusd_epi32(sum, _mm512_set1_epi8(1), _mm512_loadu_si512(codes + i));
-    return static_cast<std::uint32_t>(_mm512_reduce_add_epi32(sum));
-  };
-  if (in.digits.empty()) return static_cast<std::int32_t>(sum_of(q, in.padded()) << (in.weight_bits - 1));
-  const auto load = [](const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); };
-  std::int8_t* to = q + in.digits_at();
+  const auto plus = [](__m512i sum, __m512i bytes) { return _mm512_dpbusd_epi32(sum, _mm512_set1_epi8(1), bytes); };
+  const auto all = [](__m512i sum) { return static_cast<std::uint32_t>(_mm512_reduce_add_epi32(sum)); };
   std::uint32_t total = 0;
+  if (in.digits.empty()) {
+    __m512i sum = _mm512_setzero_si512();
+    for (int i = 0; i < in.padded(); i += 64) sum = plus(sum, _mm512_loadu_si512(q + i));
+    total = all(sum);
+  }
+  std::int8_t* to = q + in.digits_at();
   int skipped = 0;  // doublings that digits before hold
   for (const int n : in.digits) {
     // Doubled so that this digit is the upper byte of 16 bits, rounded as the digit below is signed. A count beyond 16, as
     // which a negative one is taken too, gives zero.
-    for (int i = 0; i < n; i += 32) {
-      const __m512i counts = _mm512_add_epi16(_mm512_cvtepu8_epi16(load(in.powers.data() + i)), _mm512_set1_epi16(static_cast<short>(8 - skipped)));
+    const __m512i less = _mm512_set1_epi16(static_cast<short>(8 - skipped)), half = _mm512_set1_epi16(128);
+    const auto digit = [&](int i) {
+      const auto load = [&](const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); };
+      const __m512i counts = _mm512_add_epi16(_mm512_cvtepu8_epi16(load(in.powers.data() + i)), less);
       const __m512i doubled = _mm512_sllv_epi16(_mm512_cvtepi8_epi16(load(q + i)), counts);
-      const __m512i digit = _mm512_srai_epi16(_mm512_add_epi16(doubled, _mm512_set1_epi16(128)), 8);
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + i), _mm512_cvtepi16_epi8(digit));
+      return _mm512_cvtepi16_epi8(_mm512_srai_epi16(_mm512_add_epi16(doubled, half), 8));
+    };
+    __m512i sum = _mm512_setzero_si512();
+    int i = 0;
+    for (; i < n && in.powers[static_cast<std::size_t>(i)] > 0; i += 64) {
+      const __m512i bytes = _mm512_inserti64x4(_mm512_castsi256_si512(digit(i)), digit(i + 32), 1);
+      _mm512_storeu_si512(to + i, bytes);
+      sum = plus(sum, bytes);
     }
-    total += sum_of(to, n) << skipped;
+    for (; i < n; i += 64) {  // not doubled: the lowest digit alone, and all of the code
+      const __m512i bytes = _mm512_loadu_si512(q + i);
+      _mm512_storeu_si512(to + i, bytes);
+      sum = plus(sum, bytes);
+    }
+    total += all(sum) << skipped;
     to += n, skipped += 8;
   }
   return static_cast<std::int32_t>(total << (in.weight_bits - 1));

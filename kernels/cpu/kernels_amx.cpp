@@ -8,8 +8,8 @@ extern const Kernels kAvx512Bf16;
 
 namespace {
 
-// Fewer rows are taken as fast without tiles, or faster.
-constexpr int kFewest = 8;
+// Four rows take no longer without tiles. With five sections of 576 or 1536 channels five take 0.6 to 0.9 of the time with them.
+constexpr int kFewest = 5;
 
 void integer_tiles(WB_PRODUCT_ARGUMENTS) {
   if (n < kFewest || w.input->apart) kAvx512Bf16.integer(w, bits, x, n, y, add, first, last);
