@@ -31,7 +31,7 @@ void attend_queries(const CacheView& cache, int kv_head, const Query* queries, f
   // Scores as [block][N][16 positions] and queries likewise: one address serves all N.
   float* const asked = scores + static_cast<std::size_t>(high - low + 1) * N * 16;
   for (int n = 0; n < N; ++n)
-    for (int d = 0; d < dim; ++d) asked[(d / 16 * N + n) * 16 + d % 16] = queries[n].q[d];
+    for (int d = 0; d < dim; d += 16) std::copy(queries[n].q + d, queries[n].q + std::min(d + 16, dim), asked + d * N + n * 16);
   const float none = -std::numeric_limits<float>::infinity();
   // Few queries work on several blocks of positions at once, so that one sum need not wait for another.
   constexpr int At = N == 1 ? 4 : N <= 3 ? 2 : 1;
@@ -46,12 +46,15 @@ void attend_queries(const CacheView& cache, int kv_head, const Query* queries, f
     F sums[At][N];
     WB_UNROLL for (int j = 0; j < At; ++j)
       WB_UNROLL for (int n = 0; n < N; ++n) sums[j][n] = V::zero();
-    for (int d = 0; d < dim; ++d) {
-      const float* at = asked + d / 16 * N * 16 + d % 16;
-      WB_UNROLL for (int j = 0; j < At; ++j) {
-        const F k = load_cached<V>(keys[j] + d * 16);
-        WB_UNROLL for (int n = 0; n < N; ++n) sums[j][n] = V::fma(k, V::set(at[n * 16]), sums[j][n]);
-      }
+    // Within sixteen, all that changes are two addresses: working them out would take longer than the sums.
+    for (int d = 0; d < dim; d += 16) {
+      const float* at = asked + d * N;
+      for (const float* end = at + std::min(16, dim - d); at < end; ++at)
+        WB_UNROLL for (int j = 0; j < At; ++j) {
+          const F k = load_cached<V>(keys[j]);
+          keys[j] += 16;
+          WB_UNROLL for (int n = 0; n < N; ++n) sums[j][n] = V::fma(k, V::set(at[n * 16]), sums[j][n]);
+        }
     }
     for (int j = 0; j < here; ++j)
       WB_UNROLL for (int n = 0; n < N; ++n) V::store(scores + ((b + j - low) * N + n) * 16, V::mul(sums[j][n], V::set(scale)));
@@ -98,13 +101,14 @@ void attend_queries(const CacheView& cache, int kv_head, const Query* queries, f
     };
     if constexpr (N > 1)
       WB_UNROLL for (int n = 0; n < N; ++n) alone(n, queries[n].first, std::min(queries[n].last, from - 1));
-    for (int p = from; p <= to; ++p) {
+    for (int p = from; p <= to;) {
       const T* values = values_of(p);
       const float* weights = weights_of(p);
-      WB_UNROLL for (int j = 0; j < A; ++j) {
-        const F v = load_cached<V>(values + 16 * j);
-        WB_UNROLL for (int n = 0; n < N; ++n) sums[j][n] = V::fma(v, V::set(weights[n * 16]), sums[j][n]);
-      }
+      for (const int end = std::min(to, p | 15); p <= end; ++p, ++weights, values += cache.value_dim)
+        WB_UNROLL for (int j = 0; j < A; ++j) {
+          const F v = load_cached<V>(values + 16 * j);
+          WB_UNROLL for (int n = 0; n < N; ++n) sums[j][n] = V::fma(v, V::set(weights[n * 16]), sums[j][n]);
+        }
     }
     if constexpr (N > 1)
       WB_UNROLL for (int n = 0; n < N; ++n) alone(n, std::max(from, std::max(to + 1, queries[n].first)), queries[n].last);

@@ -510,24 +510,24 @@ NB_MODULE(_cpu, m) {
         wb::Arena arena;
         const wb::Matrix w = wb::make_integer(arena, checked(out), input, integer_source(input, packed, scales));
         const auto& k = wb::kernels(wb::choose_isa(isa));
-        const auto width = static_cast<std::size_t>(w.tiles) * wb::kRows, laid_out = static_cast<std::size_t>(input.laid_out()), parts = static_cast<std::size_t>(input.parts());
+        const auto width = static_cast<std::size_t>(w.tiles) * wb::kRows, laid_out = static_cast<std::size_t>(input.laid_out()), parts = static_cast<std::size_t>(input.parts()), row = input.row_bytes();
         wb::Array<float> y(n * width), scale(n * parts);
         wb::Array<std::int32_t> offset(n * parts);
-        wb::Array<std::int8_t> q(n * laid_out);
+        wb::Array<std::int8_t> q(n * row);
         std::vector<wb::Activation> rows(n);
         std::vector<float*> to(n);
         nb::list counts;
         for (std::size_t i = 0; i < n; ++i) {
           wb::IntegerCounts count;
-          k.quantize_integer(input, x.data() + i * x.shape(1), positions[i], q.data() + i * laid_out, scale.data() + i * parts, offset.data() + i * parts, count);
-          rows[i].q = q.data() + i * laid_out, rows[i].scale = scale.data() + i * parts, rows[i].offset = offset.data() + i * parts;
+          k.quantize_integer(input, x.data() + i * x.shape(1), positions[i], q.data() + i * row, scale.data() + i * parts, offset.data() + i * parts, count);
+          rows[i].q = q.data() + i * row, rows[i].scale = scale.data() + i * parts, rows[i].offset = offset.data() + i * parts;
           to[i] = y.data() + i * width;
           counts.append(nb::make_tuple(count.clamped, count.beyond));
         }
         k.integer(w, 0, rows.data(), checked(n), to.data(), false, 0, w.tiles);
         std::vector<float> result, codes;
         for (std::size_t i = 0; i < n; ++i) result.insert(result.end(), to[i], to[i] + out);
-        for (std::size_t i = 0; i < n * laid_out; ++i) codes.push_back(static_cast<float>(q[i]));
+        for (std::size_t i = 0; i < n; ++i) codes.insert(codes.end(), rows[i].q, rows[i].q + laid_out);
         return nb::make_tuple(new_array({n, out}, result.data()), new_array({n, laid_out}, codes.data()), counts);
       },
       "input"_a, "packed"_a, "scales"_a, "x"_a, "positions"_a, "isa"_a);

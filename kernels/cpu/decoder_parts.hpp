@@ -47,7 +47,7 @@ struct Decoder::Format {
     if (mode == Mode::plain) x = take(static_cast<std::size_t>(padded(in)) * 4);
     if (mode == Mode::bf16) b = take(static_cast<std::size_t>(padded(in)) * 2);
     if (mode == Mode::integer) {
-      q = take(static_cast<std::size_t>(integer->laid_out()));
+      q = take(integer->row_bytes());
       scale = take(static_cast<std::size_t>(integer->parts()) * 4);
       offset = take(static_cast<std::size_t>(integer->parts()) * 4);
     }

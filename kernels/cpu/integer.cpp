@@ -73,6 +73,26 @@ void place_shifts(IntegerInput& input) {
   }
 }
 
+// A code of b bits that is doubled p times has b + p bits. Where they end at a whole byte the lower ones are zeros, so that
+// digits of -128 to 127 hold it.
+void place_digits(IntegerInput& input) {
+  input.powers.clear();
+  input.digits.clear();
+  int power = 0;
+  for (const Section& s : input.sections) power += s.doublings;
+  if (power == 0 || input.apart) return;
+  std::size_t at = 0;
+  for (const Section& s : input.sections) {
+    power -= s.doublings;
+    at += static_cast<std::size_t>(s.quads) * kQuad;
+    input.powers.resize(at, static_cast<std::uint8_t>(power));
+    const auto n = static_cast<std::size_t>(input.bits + power + 7) / 8;
+    if (input.digits.size() < n) input.digits.resize(n);
+    std::fill_n(input.digits.begin(), n, static_cast<int>(round_up(at, 64)));
+  }
+  input.powers.resize(static_cast<std::size_t>(input.padded()), 0);
+}
+
 void check_order(const IntegerInput& input) {
   std::vector<char> seen(static_cast<std::size_t>(input.in), 0);
   std::size_t at = 0;
@@ -150,6 +170,7 @@ void settle(IntegerInput& input) {
   if (!input.multipliers.empty()) input.multipliers.resize(whole, 0.0f);
   check_reach(input);
   place_shifts(input);
+  place_digits(input);
 }
 
 Matrix make_integer(Arena& arena, int out, const IntegerInput& input, const IntegerSource& source) {

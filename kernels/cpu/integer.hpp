@@ -8,12 +8,14 @@
 #include <cstdint>
 #include <vector>
 
+#include "memory.hpp"
+
 namespace wb {
 
-class Arena;
 struct Matrix;
 
 inline constexpr int kQuad = 4;  // channels that one lane of a dot product takes
+inline constexpr int kMaxDigits = 4;
 
 struct Section {
   int channels = 0;  // that carry values
@@ -78,9 +80,22 @@ struct IntegerInput {
   float limit = 0;                   // inputs of more steps are counted as beyond calibration; 0: none is
   std::vector<float> section_scales; // where sections are apart: of each, times the row's step; empty: ranges of their own
   Rotation rotation;
+  // For tiles (`settle` sets both): doublings of each channel's products as they are laid out (padded), and the signed digits of
+  // a doubled code, of a byte each, the lowest first: how many channels from the first can have it, in whole tiles. None where
+  // no section is doubled.
+  std::vector<std::uint8_t> powers;
+  std::vector<int> digits;
 
   bool operator==(const IntegerInput&) const = default;
   int laid_out() const { return quads * kQuad; }
+  int padded() const { return static_cast<int>(round_up(static_cast<std::size_t>(laid_out()), 64)); }
+  // Of a row: its codes, then its digits where a kernel wants them.
+  int digits_at() const { return digits.empty() ? 0 : padded(); }
+  std::size_t row_bytes() const {
+    std::size_t bytes = static_cast<std::size_t>(padded());
+    for (const int n : digits) bytes += static_cast<std::size_t>(n);
+    return bytes;
+  }
   // Scales and offsets of a row.
   // Every section of a row has a range of its own.
   bool ranges_apart() const { return apart && section_scales.empty(); }

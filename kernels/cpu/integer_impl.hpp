@@ -63,30 +63,33 @@ void round_codes(const IntegerInput& in, const float* values, int n, float step,
   }
 }
 
-// v = (x - bias) * multipliers, padded with zeros to sixteen; NaN if any x is NaN or infinite.
+// v = (x - bias) * multipliers, padded with zeros to sixteen, and the largest magnitude; NaN if any x is NaN or infinite.
 template <class V>
 float to_values(const IntegerInput& in, const float* x, float* values) {
   const bool biased = !in.bias.empty(), scaled = !in.multipliers.empty();
-  auto poison = V::zero();
+  auto poison = V::zero(), highest = V::zero();
   const auto sixteen = [&](typename V::F v, int i) {
     poison = V::fma(v, V::zero(), poison);
     if (biased) v = V::sub(v, V::load(in.bias.data() + i));  // zero past the end
     if (scaled) v = V::mul(v, V::load(in.multipliers.data() + i));
     V::store(values + i, v);
+    highest = V::max(highest, V::abs(v));
   };
   int i = 0;
   for (; i + 16 <= in.in; i += 16) sixteen(V::load(x + i), i);
   if (i < in.in) sixteen(load_part<V>(x + i, in.in - i, 0.0f), i);
-  return V::sum(poison);
+  return V::highest(highest) + V::sum(poison);
 }
 
+inline float own_step(const IntegerInput& in, float highest) { return highest * in.clip / static_cast<float>((1 << (in.bits - 1)) - 1); }
+
 template <class V>
-float own_step(const IntegerInput& in, const float* values, int n) {
+float highest_of(const float* values, int n) {
   auto highest = V::zero();
   int i = 0;
   for (; i + 16 <= n; i += 16) highest = V::max(highest, V::abs(V::load(values + i)));
   if (i < n) highest = V::max(highest, V::abs(load_part<V>(values + i, n - i, 0.0f)));
-  return V::highest(highest) * in.clip / static_cast<float>((1 << (in.bits - 1)) - 1);
+  return V::highest(highest);
 }
 
 // What the weights' unsigned form adds to the sums.
@@ -104,7 +107,7 @@ inline void add_offsets(const IntegerInput& in, const std::int8_t* q, std::int32
 }
 
 template <class V>
-void quantize_integer(const IntegerInput& in, const float* x, int position, std::int8_t* q, float* scale, std::int32_t* offset, IntegerCounts& counts) {
+void round_row(const IntegerInput& in, const float* x, int position, std::int8_t* q, float* scale, IntegerCounts& counts) {
   const int n = in.in, parts = in.parts();
   const std::size_t whole = round_up(static_cast<std::size_t>(n) + 1, 128);
   thread_local std::vector<float> room;
@@ -118,23 +121,23 @@ void quantize_integer(const IntegerInput& in, const float* x, int position, std:
     rotate(in.rotation, n, turned, values);
     x = turned;
   }
-  const float bad = to_values<V>(in, x, values);
+  const float highest = to_values<V>(in, x, values);
   std::int8_t* natural = in.order.empty() ? q : bytes.data();
-  if (bad != bad) {
+  if (highest != highest) {
     std::fill(natural, natural + n, std::int8_t{0});
-    std::fill(scale, scale + parts, bad);
+    std::fill(scale, scale + parts, highest);
   } else if (in.ranges_apart()) {
     int first = 0;
     for (int s = 0; s < parts; ++s) {
       const int channels = in.sections[static_cast<std::size_t>(s)].channels;
-      scale[s] = own_step<V>(in, values + first, channels);
+      scale[s] = own_step(in, highest_of<V>(values + first, channels));
       round_codes<V, false>(in, values + first, channels, scale[s], natural + first, counts);
       first += channels;
     }
   } else {
     std::size_t chunk = 0;
     while (chunk + 1 < in.starts.size() && in.starts[chunk + 1] <= position) ++chunk;
-    const float step = in.steps.empty() ? own_step<V>(in, values, n) : in.steps[chunk];
+    const float step = in.steps.empty() ? own_step(in, highest) : in.steps[chunk];
     for (int s = 0; s < parts; ++s) scale[s] = in.apart ? step * in.section_scales[static_cast<std::size_t>(s)] : step;
     if (in.steps.empty()) round_codes<V, false>(in, values, n, step, natural, counts);
     else round_codes<V, true>(in, values, n, step, natural, counts);
@@ -143,6 +146,11 @@ void quantize_integer(const IntegerInput& in, const float* x, int position, std:
     natural[n] = 0;  // what goes where there is no channel
     V::permute(in.bytes, natural, q);
   }
+}
+
+template <class V>
+void quantize_integer(const IntegerInput& in, const float* x, int position, std::int8_t* q, float* scale, std::int32_t* offset, IntegerCounts& counts) {
+  round_row<V>(in, x, position, q, scale, counts);
   add_offsets(in, q, offset);
 }
 

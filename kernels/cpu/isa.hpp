@@ -6,7 +6,7 @@
 
 namespace wb {
 
-enum class Isa { portable, avx2, avx512, avx512bf16 };
+enum class Isa { portable, avx2, avx512, avx512bf16, amx };
 
 const char* isa_name(Isa isa);
 

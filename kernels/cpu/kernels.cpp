@@ -10,6 +10,9 @@ extern const Kernels kAvx2;
 extern const Kernels kAvx512;
 extern const Kernels kAvx512Bf16;
 #endif
+#if defined(WB_AMX)
+Kernels with_tiles(Kernels k);
+#endif
 
 const Kernels& kernels(Isa isa) {
 #if defined(WB_X86)
@@ -18,6 +21,12 @@ const Kernels& kernels(Isa isa) {
 #if defined(WB_AVX512)
   if (isa == Isa::avx512) return kAvx512;
   if (isa == Isa::avx512bf16) return kAvx512Bf16;
+#endif
+#if defined(WB_AMX)
+  if (isa == Isa::amx) {
+    static const Kernels amx = with_tiles(kAvx512Bf16);
+    return amx;
+  }
 #endif
   (void)isa;
   return kPortable;

@@ -55,7 +55,7 @@ struct Kernels {
   // there to `end` asked for ahead; and 1 in to[i] where the score of output first + i is above a threshold, else 0.
   void (*score_sums)(const ScoreMatrix& w, const ActiveUnits& x, int first, int last, int end, std::int32_t* sums);
   void (*scores_above)(const ScoreMatrix& w, float scale, const std::int32_t* sums, int first, int n, float threshold, std::uint8_t* to);
-  // Round a row at a position: codes (laid_out), scale and offset (parts), and what was clamped or beyond calibration.
+  // Round a row at a position: codes (row_bytes, of which laid_out are codes), scale and offset (parts), and what was clamped or beyond calibration.
   // NaN and infinity give a NaN scale.
   void (*quantize_integer)(const IntegerInput& in, const float* x, int position, std::int8_t* q, float* scale, std::int32_t* offset,
                            IntegerCounts& counts);

@@ -1,6 +1,7 @@
 // Memory for weights and caches: 64-byte aligned, in large pages where the system grants them.
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <cstdlib>
@@ -67,11 +68,12 @@ class Arena {
  private:
   static constexpr std::size_t kPage = std::size_t{2} << 20;
   static constexpr std::size_t kChunk = std::size_t{64} << 20;
+  static constexpr std::size_t kPast = 1024;  // bytes past an array that can be read: a tile's, of which it holds the first
 
   std::uint8_t* take_bytes(std::size_t n) {
     n = round_up(n, kAlign);
-    if (n > left_) {
-      const std::size_t bytes = round_up(n > kChunk ? n : kChunk, kPage);
+    if (n + kPast > left_) {
+      const std::size_t bytes = round_up(std::max(n + kPast, kChunk), kPage);
       next_ = acquire(bytes);
       chunks_.emplace_back(next_, bytes);
       left_ = bytes;

@@ -1,5 +1,6 @@
 // Integer products against sums in 64 bits.
 #include <algorithm>
+#include <numeric>
 #include <stdexcept>
 #include <utility>
 
@@ -75,18 +76,23 @@ void one(Isa isa, Random& random, const Case& c, float size) {
   source.bits = in.weight_bits;
   source.scales16 = c.scales.data();
   const Matrix w = make_integer(arena, c.out, in, source);
-  const int n = 1 + random.below(26);
-  const auto laid_out = static_cast<std::size_t>(in.laid_out()), parts = static_cast<std::size_t>(in.parts()), width = static_cast<std::size_t>(w.tiles) * kRows;
-  std::vector<std::int8_t> q(laid_out * static_cast<std::size_t>(n));
+  const int n = 1 + random.below(70);
+  const auto laid_out = static_cast<std::size_t>(in.laid_out()), row = in.row_bytes(), parts = static_cast<std::size_t>(in.parts()), width = static_cast<std::size_t>(w.tiles) * kRows;
+  std::vector<std::int8_t> q(row * static_cast<std::size_t>(n));
   std::vector<float> scale(parts * static_cast<std::size_t>(n)), y(width * static_cast<std::size_t>(n));
   std::vector<std::int32_t> offset(scale.size());
   std::vector<Activation> rows(static_cast<std::size_t>(n));
   std::vector<float*> to;
+  std::vector<std::size_t> places(rows.size());  // rows lie one after the other, or anyhow
+  std::iota(places.begin(), places.end(), std::size_t{0});
+  if (random.below(3) == 0)
+    for (std::size_t i = places.size() - 1; i > 0; --i) std::swap(places[i], places[static_cast<std::size_t>(random.below(static_cast<int>(i) + 1))]);
   for (std::size_t i = 0; i < rows.size(); ++i) {
+    std::int8_t* codes = q.data() + places[i] * row;
     const auto x = random.normals(static_cast<std::size_t>(in.in), size);
     IntegerCounts counts;
-    k.quantize_integer(in, x.data(), static_cast<int>(i % 4), q.data() + i * laid_out, scale.data() + i * parts, offset.data() + i * parts, counts);
-    rows[i].q = q.data() + i * laid_out;
+    k.quantize_integer(in, x.data(), static_cast<int>(i % 4), codes, scale.data() + i * parts, offset.data() + i * parts, counts);
+    rows[i].q = codes;
     rows[i].scale = scale.data() + i * parts;
     rows[i].offset = offset.data() + i * parts;
     to.push_back(y.data() + i * width);
@@ -106,7 +112,9 @@ void one(Isa isa, Random& random, const Case& c, float size) {
     }
     CHECK(counts.clamped == clamped && counts.beyond == beyond);
   }
-  k.integer(w, 0, rows.data(), n, to.data(), false, 0, w.tiles);
+  const int middle = random.below(w.tiles + 1);
+  k.integer(w, 0, rows.data(), n, to.data(), false, 0, middle);
+  k.integer(w, 0, rows.data(), n, to.data(), false, middle, w.tiles);
   for (std::size_t i = 0; i < rows.size(); ++i)
     for (int r = 0; r < c.out; ++r) {
       std::int64_t total = 0;
@@ -148,6 +156,35 @@ void widening(Isa isa, Random& random) {
         complete(c, random);
         one(isa, random, c, 1e4f);
       }
+}
+
+// As many doublings as a sum of 32 bits has room for, so that codes have two digits to four, and whole tiles of channels.
+void digits(Isa isa, Random& random) {
+  struct Deep {
+    int bits, weight_bits;
+    std::vector<int> channels, doublings;
+    std::vector<int> digits;
+  };
+  const std::vector<Deep> cases = {
+      {8, 8, {200, 64}, {0, 0}, {}},
+      {8, 8, {64, 64}, {0, 8}, {128, 64}},
+      {8, 8, {1, 63, 70}, {0, 1, 8}, {192, 128, 64}},
+      {8, 8, {1, 30}, {0, 16}, {64, 64, 64}},
+      {8, 4, {1, 90}, {0, 20}, {128, 64, 64, 64}},
+      {4, 8, {1, 90}, {0, 20}, {128, 64, 64}},
+      {4, 4, {1, 130}, {0, 24}, {192, 64, 64, 64}},
+      {4, 8, {30, 130}, {0, 4}, {192}},
+  };
+  for (const Deep& deep : cases) {
+    Case c;
+    IntegerInput& in = c.input;
+    in.bits = deep.bits, in.weight_bits = deep.weight_bits;
+    for (const int n : deep.channels) in.in += n;
+    in.sections = make_sections(deep.channels, deep.doublings, in.weight_bits);
+    complete(c, random);
+    CHECK(in.digits == deep.digits);
+    for (int i = 0; i < 4; ++i) one(isa, random, c, i % 2 == 0 ? 1e4f : 2);
+  }
 }
 
 void shifts() {
@@ -233,6 +270,7 @@ void integer_products(bool quick) {
     for (int i = 0; i < (quick ? 30 : 150); ++i) one(isa, random, random_case(random, i % 3 == 0), 2);
     widening(isa, random);
     orders(isa, random);
+    digits(isa, random);
   }
   shifts();
   misuse();

@@ -54,7 +54,7 @@ def expected(encoding: Integer, x: np.ndarray, positions: list[int]) -> tuple[np
 def schemes(draw: st.DrawFn) -> dict[str, Any]:
     """Sections, powers and what goes with them, of those whose every sum fits."""
     channels = draw(st.lists(st.integers(1, 40), min_size=1, max_size=6))
-    steps = draw(st.lists(st.integers(0, 3), min_size=len(channels) - 1, max_size=len(channels) - 1))
+    steps = draw(st.lists(st.integers(0, 4), min_size=len(channels) - 1, max_size=len(channels) - 1))
     powers = [int(p) for p in np.cumsum([0, *steps])[::-1]]
     bits, weight_bits = draw(st.sampled_from([4, 8])), draw(st.sampled_from([4, 8]))
     most = 2 ** (bits - 1) * (2**weight_bits - 1)
@@ -63,7 +63,7 @@ def schemes(draw: st.DrawFn) -> dict[str, Any]:
         "channels": tuple(channels),
         "powers": tuple(powers),
         "out": draw(st.integers(1, 50)),
-        "rows": draw(st.integers(1, 27)),
+        "rows": draw(st.integers(1, 70)),
         "bits": bits,
         "weight_bits": weight_bits,
         "static": draw(st.booleans()),
@@ -121,13 +121,14 @@ def test_extremes_of_both_operands(isa: str, bits: int, weight_bits: int, sign: 
     weights = np.full((33, sum(channels)), -(2 ** (weight_bits - 1)))
     scheme = InputScheme(bits, channels, powers, steps=torch.ones(1), starts=(0,), limit=1.0)
     encoding = Integer(codes_of(weights, weight_bits, np.ones(33, np.float32)), scheme, None)
-    x = np.full((13, sum(channels)), sign * 1e9, np.float32)
-    sums, wanted = expected(encoding, x, [0] * 13)
+    rows = 45  # more than whole tiles of rows
+    x = np.full((rows, sum(channels)), sign * 1e9, np.float32)
+    sums, wanted = expected(encoding, x, [0] * rows)
     assert np.abs(sums).max() > 2 ** (bits + weight_bits + 9)
-    y, codes, counts = run(encoding, x, [0] * 13, isa)
+    y, codes, counts = run(encoding, x, [0] * rows, isa)
     np.testing.assert_array_equal(y, wanted)
     assert set(np.unique(codes)) <= {0.0, float(2 ** (bits - 1) - 1 if sign > 0 else -(2 ** (bits - 1)))}
-    assert counts == [(sum(channels), sum(channels))] * 13
+    assert counts == [(sum(channels), sum(channels))] * rows
 
 
 def test_sums_that_could_overflow_are_refused() -> None:

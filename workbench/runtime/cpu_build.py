@@ -113,7 +113,7 @@ def build(
             and fp16 cache.
         threads: of the decoder, the caller's included.
         cores: processor of each thread, or none.
-        isa: ``auto``, ``portable``, ``avx2``, ``avx512`` or ``avx512bf16``.
+        isa: ``auto``, ``portable``, ``avx2``, ``avx512``, ``avx512bf16`` or ``amx``.
         planes: keep group codes as bit-planes and not packed.
         columns: lay units with input thresholds out input by input, all or none; None for those where it pays at the
             share of inputs that the plan expects them to leave out. A policy that moves thresholds moves no weights.
