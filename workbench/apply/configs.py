@@ -222,6 +222,7 @@ class TenderConfig(MethodConfig):
     """
 
     method: Literal["tender"] = "tender"
+    version: ClassVar[int] = 2
     bits: IntegerBits = 8
     activation_bits: IntegerBits = 8
     scales: Scales = "token"
@@ -263,6 +264,7 @@ class IntegerConfig(MethodConfig):
     """
 
     method: Literal["integer"] = "integer"
+    version: ClassVar[int] = 2
     activations: Activations
     bits: IntegerBits = 8
     activation_bits: IntegerBits = 8
