@@ -55,6 +55,10 @@ def values(**changes: Any) -> dict[str, Any]:
             ["methods[0] 'rtn'", "methods[1] 'bnb-nf4'", "keep one"],
         ),
         (values(seed=-1, sede=2), ["(And 1 more.)"]),
+        (
+            {("method" if name == "methods" else name): value for name, value in values().items()},
+            ["unknown field 'method'", "Did you mean 'methods'", "(And 1 more.)"],
+        ),
     ],
 )
 def test_one_line_names_field_value_and_what_is_allowed(given: dict[str, Any], says: list[str]) -> None:

@@ -107,7 +107,8 @@ class MethodConfig(Strict):
 
 def explain(error: ValidationError, model: type[BaseModel]) -> str:
     """Return one line for a failed validation: the field, its value, what is allowed, and the nearest valid choice."""
-    errors = error.errors()
+    # A field of a wrong name also leaves one missing: its name says what happened.
+    errors = sorted(error.errors(), key=lambda found: found["type"] != "extra_forbidden")
     more = f" (And {len(errors) - 1} more.)" if len(errors) > 1 else ""
     method = model.model_fields.get("method")
     where = f"Method '{method.default}'" if method is not None else model.__name__

@@ -54,8 +54,9 @@ def _cpu_engine() -> Check:
         return Check("engine cpu", False, why)
     from workbench.runtime.cpu_build import kernels
 
-    sets = ", ".join(kernels().isas())
-    return Check("engine cpu", True, f"a whole decoder step in compiled code; instruction sets {sets}")
+    sets = kernels().isas()
+    found = f"a whole decoder step in compiled code, for {sets[-1]} here (of {', '.join(sets)})"
+    return Check("engine cpu", True, found)
 
 
 def examine() -> Examination:
