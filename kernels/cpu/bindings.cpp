@@ -111,8 +111,12 @@ wb::IntegerInput integer_input(const nb::dict& of) {
   input.sections = wb::make_sections(ints("channels"), ints("doublings"), input.weight_bits);
   input.apart = nb::cast<bool>(of["apart"]);
   input.order = ints("order");
-  input.bias = floats("bias");
-  input.multipliers = floats("multipliers");
+  const auto aligned = [&](const char* name) {
+    const auto values = floats(name);
+    return wb::AlignedVector<float>(values.begin(), values.end());
+  };
+  input.bias = aligned("bias");
+  input.multipliers = aligned("multipliers");
   input.steps = floats("steps");
   input.starts = ints("starts");
   input.clip = nb::cast<float>(of["clip"]);

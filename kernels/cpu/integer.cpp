@@ -1,6 +1,7 @@
 #include "integer.hpp"
 
 #include <algorithm>
+#include <array>
 #include <functional>
 #include <limits>
 #include <numeric>
@@ -10,6 +11,13 @@
 #include "matrix.hpp"
 
 namespace wb {
+
+// What one more sum of tiles costs, in steps of products: it is stored, and added to the others.
+constexpr int kStepsOfSum = 2;
+
+// Doublings of a section within a run at most: 2^6 times its channels. Sums of 32 bits have room for 24 doublings, which four
+// runs reach.
+constexpr int kMostRepeated = 6;
 
 std::vector<Section> make_sections(const std::vector<int>& channels, const std::vector<int>& doublings, int weight_bits) {
   if (channels.empty() || channels.size() != doublings.size()) throw std::invalid_argument("Sections need channels and doublings each.");
@@ -28,16 +36,13 @@ ByteOrder::ByteOrder(std::vector<std::int32_t> order) : n(static_cast<int>(order
     within[i] = static_cast<std::uint8_t>(from[i] % 128);
     tables = std::max(tables, from[i] / 128 + 1);
   }
-  for (std::size_t begin = 0; begin < from.size(); begin += 64) {
-    first.push_back(static_cast<std::int32_t>(parts.size()));
+  for (std::size_t begin = 0; begin < from.size(); begin += 64)
     for (int table = 0; table < tables; ++table) {
-      Part part{table, 0};
+      Part part{static_cast<int>(begin), table, 0};
       for (std::size_t i = begin; i < std::min(begin + 64, from.size()); ++i)
         if (from[i] / 128 == table) part.bytes |= std::uint64_t{1} << (i - begin);
       if (part.bytes != 0) parts.push_back(part);
     }
-  }
-  first.push_back(static_cast<std::int32_t>(parts.size()));
   for (std::size_t begin = 0; begin < from.size(); begin += 16) {
     first16.push_back(static_cast<std::int32_t>(sixteens.size()));
     for (std::size_t i = begin; i < std::min(begin + 16, from.size()); ++i) {
@@ -73,24 +78,61 @@ void place_shifts(IntegerInput& input) {
   }
 }
 
-// A code of b bits that is doubled p times has b + p bits. Where they end at a whole byte the lower ones are zeros, so that
-// digits of -128 to 127 hold it.
-void place_digits(IntegerInput& input) {
-  input.powers.clear();
-  input.digits.clear();
-  int power = 0;
-  for (const Section& s : input.sections) power += s.doublings;
-  if (power == 0 || input.apart) return;
-  std::size_t at = 0;
-  for (const Section& s : input.sections) {
-    power -= s.doublings;
-    at += static_cast<std::size_t>(s.quads) * kQuad;
-    input.powers.resize(at, static_cast<std::uint8_t>(power));
-    const auto n = static_cast<std::size_t>(input.bits + power + 7) / 8;
-    if (input.digits.size() < n) input.digits.resize(n);
-    std::fill_n(input.digits.begin(), n, static_cast<int>(round_up(at, 64)));
+std::vector<int> powers_of(const IntegerInput& input) {
+  std::vector<int> powers(input.sections.size(), 0);
+  for (std::size_t s = powers.size(); s-- > 1;) powers[s - 1] = powers[s] + input.sections[s].doublings;
+  return powers;
+}
+
+// Sections begin to end, and how often each is to come beside the first time.
+TileSum sum_of_run(const IntegerInput& input, const std::vector<int>& powers, std::size_t begin, std::size_t end) {
+  std::int32_t first = 0, quads = 0;
+  for (std::size_t s = 0; s < begin; ++s) first += input.sections[s].quads;
+  std::vector<std::int32_t> again;
+  for (std::size_t s = begin; s < end; ++s) {
+    for (int i = 1; i < 1 << (powers[s] - powers[end - 1]); ++i)
+      for (std::int32_t quad = 0; quad < input.sections[s].quads; ++quad) again.push_back(first + quads + quad);
+    quads += input.sections[s].quads;
   }
-  input.powers.resize(static_cast<std::size_t>(input.padded()), 0);
+  constexpr std::int32_t of_tile = kTileChannels / kQuad;
+  TileSum sum{kQuad * first, 0, {}, powers[end - 1], 0};
+  // A tile that is not full goes on into weights of the next run, and what it takes of a row there is zero.
+  const std::int32_t whole = again.empty() ? (quads + of_tile - 1) / of_tile * of_tile : quads / of_tile * of_tile;
+  sum.whole = kQuad * whole;
+  sum.held = kQuad * std::min(whole, quads);
+  for (std::int32_t quad = whole; quad < quads; ++quad) sum.gathered.push_back(first + quad);
+  sum.gathered.insert(sum.gathered.end(), again.begin(), again.end());
+  sum.gathered.resize(round_up(sum.gathered.size(), static_cast<std::size_t>(of_tile)), -1);
+  return sum;
+}
+
+// Sections fall into runs, so that tiles take the fewest steps: a run repeats channels that are doubled within it, but every
+// sum ends with a tile that is not full, and is stored and added once more.
+void place_tile_sums(IntegerInput& input) {
+  input.tile_sums.clear();
+  const auto powers = powers_of(input);
+  if (powers[0] == 0 || input.apart) return;
+  struct Plan {
+    int steps = std::numeric_limits<int>::max();
+    std::size_t end = 0;  // of its first run
+  };
+  // The best for the sections from each on, by the number of runs.
+  const std::size_t n = powers.size();
+  std::vector<std::array<Plan, kMaxTileSums + 1>> best(n + 1);
+  best[n][0].steps = 0;
+  for (std::size_t begin = n; begin-- > 0;)
+    for (std::size_t end = begin + 1; end <= n && powers[begin] - powers[end - 1] <= kMostRepeated; ++end) {
+      int quads = 0;
+      for (std::size_t s = begin; s < end; ++s) quads += input.sections[s].quads << (powers[s] - powers[end - 1]);
+      const int steps = (kQuad * quads + kTileChannels - 1) / kTileChannels + kStepsOfSum;
+      for (std::size_t runs = 0; runs < kMaxTileSums; ++runs)
+        if (best[end][runs].steps < best[begin][runs + 1].steps - steps) best[begin][runs + 1] = {best[end][runs].steps + steps, end};
+    }
+  std::size_t runs = 1;
+  for (std::size_t k = 2; k <= kMaxTileSums; ++k)
+    if (best[0][k].steps < best[0][runs].steps) runs = k;
+  for (std::size_t begin = 0; begin < n; begin = best[begin][runs--].end) input.tile_sums.push_back(sum_of_run(input, powers, begin, best[begin][runs].end));
+  std::reverse(input.tile_sums.begin(), input.tile_sums.end());  // the last is not shifted
 }
 
 void check_order(const IntegerInput& input) {
@@ -126,8 +168,8 @@ void settle(IntegerInput& input) {
       std::adjacent_find(input.starts.begin(), input.starts.end(), std::greater_equal<>()) != input.starts.end())
     throw std::invalid_argument("Chunks of positions start at 0 and ascend, and each has its step.");
   const auto n = static_cast<std::size_t>(input.in);
-  for (const auto* values : {&input.bias, &input.multipliers, &input.rotation.signs})
-    if (!values->empty() && values->size() != n) throw std::invalid_argument("A value for each input is needed.");
+  for (const std::size_t size : {input.bias.size(), input.multipliers.size(), input.rotation.signs.size()})
+    if (size != 0 && size != n) throw std::invalid_argument("A value for each input is needed.");
   for (const float step : input.steps)
     if (!(step > 0)) throw std::invalid_argument("A step must be larger than zero.");
   int channels = 0, quads = 0;
@@ -170,7 +212,7 @@ void settle(IntegerInput& input) {
   if (!input.multipliers.empty()) input.multipliers.resize(whole, 0.0f);
   check_reach(input);
   place_shifts(input);
-  place_digits(input);
+  place_tile_sums(input);
 }
 
 Matrix make_integer(Arena& arena, int out, const IntegerInput& input, const IntegerSource& source) {

@@ -5,6 +5,7 @@
 // al. 2024, section 4). Or every section's sum becomes fp32 and is scaled by itself, which is what that saves.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <vector>
 
@@ -15,7 +16,8 @@ namespace wb {
 struct Matrix;
 
 inline constexpr int kQuad = 4;  // channels that one lane of a dot product takes
-inline constexpr int kMaxDigits = 4;
+inline constexpr int kTileChannels = 64;  // that one product of tiles takes
+inline constexpr int kMaxTileSums = 4;
 
 struct Section {
   int channels = 0;  // that carry values
@@ -27,6 +29,19 @@ struct Section {
   int lead = 0;      // doublings of the sum ahead of it
 
   bool operator==(const Section&) const = default;
+};
+
+// What tiles sum by itself: a run of sections. Channels that are doubled within it come as often as their doublings multiply
+// them, with the same code each time.
+struct TileSum {
+  int first = 0;                      // channel, as they are laid out
+  int whole = 0;                      // channels from there on whose weights are taken as they lie, in whole tiles
+  std::vector<std::int32_t> gathered; // quads after those, likewise; -1 for none
+  int shift = 0;                      // doublings of the sum, in the end
+  int held = 0;                       // of `whole`, what is the run's; the rest is zero in a row
+
+  int channels() const { return whole + kQuad * static_cast<int>(gathered.size()); }
+  bool operator==(const TileSum&) const = default;
 };
 
 // Random signs, then a product of small Hadamard matrices: blocks of `block` channels are rotated each by itself.
@@ -42,6 +57,7 @@ struct Rotation {
 // tables of 16. Channels of one section ascend, so that neighbours come from few tables.
 struct ByteOrder {
   struct Part {
+    int to = 0;               // the first of the 64
     int table = 0;
     std::uint64_t bytes = 0;  // of the 64 that it has
 
@@ -50,9 +66,8 @@ struct ByteOrder {
   int n = 0;                           // bytes that are placed
   int tables = 0;
   std::vector<std::int32_t> from;      // (n)
-  std::vector<std::uint8_t> within;    // (n, padded to 64), place within the table
+  AlignedVector<std::uint8_t> within;  // (n, padded to 64), place within the table
   std::vector<Part> parts;
-  std::vector<std::int32_t> first;     // part of each 64 bytes, and the end of all
   std::vector<std::int32_t> sixteens;  // table of each part of 16 bytes
   std::vector<std::uint8_t> shuffles;  // (parts of 16 bytes, 16): place within the table, 0x80 for what others have
   std::vector<std::int32_t> first16;   // part of each 16 bytes, and the end of all
@@ -72,29 +87,25 @@ struct IntegerInput {
   bool apart = false;                // sections are scaled one by one, and not by doublings
   std::vector<std::int32_t> order;   // (4 quads): channel that goes there, `in` for none; empty: as they come
   ByteOrder bytes;                   // the same, for bytes
-  std::vector<float> bias;           // (in, padded to 16), or empty
-  std::vector<float> multipliers;    // likewise
+  AlignedVector<float> bias;         // (in, padded to 16), or empty
+  AlignedVector<float> multipliers;  // likewise
   std::vector<float> steps;          // by chunk of positions, the last for all that follow; empty: of the row's own range
   std::vector<int> starts;           // first position of each chunk, ascending from 0
   float clip = 1;                    // share of a row's own range that is kept
   float limit = 0;                   // inputs of more steps are counted as beyond calibration; 0: none is
   std::vector<float> section_scales; // where sections are apart: of each, times the row's step; empty: ranges of their own
   Rotation rotation;
-  // For tiles (`settle` sets both): doublings of each channel's products as they are laid out (padded), and the signed digits of
-  // a doubled code, of a byte each, the lowest first: how many channels from the first can have it, in whole tiles. None where
-  // no section is doubled.
-  std::vector<std::uint8_t> powers;
-  std::vector<int> digits;
+  std::vector<TileSum> tile_sums;    // for tiles (`settle` sets them), the first not shifted; none where no section is doubled
 
   bool operator==(const IntegerInput&) const = default;
   int laid_out() const { return quads * kQuad; }
-  int padded() const { return static_cast<int>(round_up(static_cast<std::size_t>(laid_out()), 64)); }
-  // Of a row: its codes, then its digits where a kernel wants them.
-  int digits_at() const { return digits.empty() ? 0 : padded(); }
+  int padded() const { return static_cast<int>(round_up(static_cast<std::size_t>(laid_out()), kTileChannels)); }
+  // Of a row: its codes, then what tiles take of it for each sum. One sum begins with the codes themselves.
+  int tiles_at() const { return tile_sums.size() <= 1 ? 0 : padded(); }
   std::size_t row_bytes() const {
-    std::size_t bytes = static_cast<std::size_t>(padded());
-    for (const int n : digits) bytes += static_cast<std::size_t>(n);
-    return bytes;
+    int bytes = tiles_at();
+    for (const TileSum& sum : tile_sums) bytes += sum.channels();
+    return static_cast<std::size_t>(std::max(bytes, padded()));
   }
   // Scales and offsets of a row.
   // Every section of a row has a range of its own.

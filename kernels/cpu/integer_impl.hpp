@@ -51,6 +51,10 @@ void round_codes(const IntegerInput& in, const float* values, int n, float step,
     }
     V::store_i8(to, code);
   };
+  if constexpr (V::rounds_four && !Counts) {
+    const auto code = [&](int at) { return V::min(V::max(V::mul(V::load(values + at), inverse), low), high); };
+    for (; i + 64 <= n; i += 64) V::round_i8(codes + i, code(i), code(i + 16), code(i + 32), code(i + 48));
+  }
   for (; i + 16 <= n; i += 16) sixteen(V::load(values + i), codes + i);
   if (i < n) {
     std::int8_t part[16];
@@ -67,18 +71,19 @@ void round_codes(const IntegerInput& in, const float* values, int n, float step,
 template <class V>
 float to_values(const IntegerInput& in, const float* x, float* values) {
   const bool biased = !in.bias.empty(), scaled = !in.multipliers.empty();
-  auto poison = V::zero(), highest = V::zero();
-  const auto sixteen = [&](typename V::F v, int i) {
-    poison = V::fma(v, V::zero(), poison);
+  typename V::F poison[2] = {V::zero(), V::zero()}, highest[2] = {V::zero(), V::zero()};  // two, as each waits for the one before it
+  const auto sixteen = [&](typename V::F v, int i, int turn) {
+    poison[turn] = V::fma(v, V::zero(), poison[turn]);
     if (biased) v = V::sub(v, V::load(in.bias.data() + i));  // zero past the end
     if (scaled) v = V::mul(v, V::load(in.multipliers.data() + i));
     V::store(values + i, v);
-    highest = V::max(highest, V::abs(v));
+    highest[turn] = V::max(highest[turn], V::abs(v));
   };
   int i = 0;
-  for (; i + 16 <= in.in; i += 16) sixteen(V::load(x + i), i);
-  if (i < in.in) sixteen(load_part<V>(x + i, in.in - i, 0.0f), i);
-  return V::highest(highest) + V::sum(poison);
+  for (; i + 32 <= in.in; i += 32) sixteen(V::load(x + i), i, 0), sixteen(V::load(x + i + 16), i + 16, 1);
+  for (; i + 16 <= in.in; i += 16) sixteen(V::load(x + i), i, 0);
+  if (i < in.in) sixteen(load_part<V>(x + i, in.in - i, 0.0f), i, 1);
+  return V::highest(V::max(highest[0], highest[1])) + V::sum(V::add(poison[0], poison[1]));
 }
 
 inline float own_step(const IntegerInput& in, float highest) { return highest * in.clip / static_cast<float>((1 << (in.bits - 1)) - 1); }
@@ -110,8 +115,8 @@ template <class V>
 void round_row(const IntegerInput& in, const float* x, int position, std::int8_t* q, float* scale, IntegerCounts& counts) {
   const int n = in.in, parts = in.parts();
   const std::size_t whole = round_up(static_cast<std::size_t>(n) + 1, 128);
-  thread_local std::vector<float> room;
-  thread_local std::vector<std::int8_t> bytes;
+  thread_local AlignedVector<float> room;
+  thread_local AlignedVector<std::int8_t> bytes;
   if (room.size() < 2 * whole) room.resize(2 * whole);
   if (bytes.size() < whole) bytes.resize(whole);
   float* values = room.data();

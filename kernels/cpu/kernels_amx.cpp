@@ -22,7 +22,7 @@ void quantize_tiles(const IntegerInput& in, const float* x, int position, std::i
     return;
   }
   round_row<Avx512Bf16>(in, x, position, q, scale, counts);
-  *offset = add_digits(in, q);
+  *offset = add_tile_codes(in, q);
 }
 
 }  // namespace

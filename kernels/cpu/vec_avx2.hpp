@@ -26,6 +26,7 @@ struct Avx2 {
 
   static constexpr bool transposes_planes = false;
   static constexpr bool many_registers = false;
+  static constexpr bool rounds_four = false;
   static constexpr bool widens_integers = true;
 
   static F zero() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }

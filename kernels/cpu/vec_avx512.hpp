@@ -16,6 +16,7 @@ struct Avx512 {
   using B = __m512i;  // 64 bytes: 4 channels of 16 rows
   static constexpr bool transposes_planes = false;
   static constexpr bool many_registers = true;
+  static constexpr bool rounds_four = true;
   static constexpr bool widens_integers = false;  // one instruction takes four products of bytes
 
   static F zero() { return _mm512_setzero_ps(); }
@@ -59,6 +60,12 @@ struct Avx512 {
   // Rounded to nearest; |v| <= 127.
   static void store_i8(std::int8_t* p, F v) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(v)));
+  }
+  // Sixty-four at once, rounded to the nearest and saturated.
+  static void round_i8(std::int8_t* p, F a, F b, F c, F d) {
+    const B ab = _mm512_packs_epi32(_mm512_cvtps_epi32(a), _mm512_cvtps_epi32(b)), cd = _mm512_packs_epi32(_mm512_cvtps_epi32(c), _mm512_cvtps_epi32(d));
+    const B order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);  // both pack within 128 bits
+    _mm512_storeu_si512(p, _mm512_permutexvar_epi32(order, _mm512_packs_epi16(ab, cd)));
   }
 
   static I izero() { return _mm512_setzero_si512(); }
@@ -218,18 +225,13 @@ struct Avx512Bf16 : Avx512 {
   }
 
   static void permute(const ByteOrder& order, const std::int8_t* from, std::int8_t* to) {
-    for (int i = 0; i < order.n; i += 64) {
-      const B within = _mm512_loadu_si512(order.within.data() + i);
-      B found = _mm512_setzero_si512();
-      const auto chunk = static_cast<std::size_t>(i) / 64;
-      for (std::int32_t p = order.first[chunk]; p < order.first[chunk + 1]; ++p) {
-        const auto& part = order.parts[static_cast<std::size_t>(p)];
-        const std::int8_t* table = from + 128 * part.table;
-        const B here = _mm512_permutex2var_epi8(_mm512_loadu_si512(table), within, _mm512_loadu_si512(table + 64));
-        found = _mm512_mask_mov_epi8(found, _cvtu64_mask64(part.bytes), here);
-      }
-      const int left = order.n - i;
-      _mm512_mask_storeu_epi8(to + i, left >= 64 ? ~std::uint64_t{0} : (std::uint64_t{1} << left) - 1, found);
+    B found = _mm512_setzero_si512();
+    for (const ByteOrder::Part& part : order.parts) {
+      const B within = _mm512_loadu_si512(order.within.data() + part.to);
+      const std::int8_t* table = from + 128 * part.table;
+      const B here = _mm512_permutex2var_epi8(_mm512_loadu_si512(table), within, _mm512_loadu_si512(table + 64));
+      found = _mm512_mask_mov_epi8(found, _cvtu64_mask64(part.bytes), here);
+      _mm512_storeu_si512(to + part.to, found);  // all 64 bytes are right with the last of their parts
     }
   }
 

@@ -23,6 +23,7 @@ struct Portable {
   }
   static constexpr bool transposes_planes = false;
   static constexpr bool many_registers = false;
+  static constexpr bool rounds_four = false;
   static constexpr bool widens_integers = false;
 
   static F zero() { return set(0.0f); }
