@@ -105,26 +105,6 @@ def test_a_channels_group_is_the_smallest_scale_that_holds_it(values: list[float
     assert bool((magnitude.double()[above] > held[above] / 2 * (1 - 1e-6)).all())
 
 
-@given(
-    st.lists(st.floats(0, 1e6, width=32), min_size=1, max_size=40),
-    st.integers(1, 12),
-    st.sampled_from([4, 8]),
-)
-@settings(deadline=None)
-def test_groups_are_filled_up_with_the_largest_that_follow(values: list[float], groups: int, together: int) -> None:
-    magnitude = torch.tensor(values)
-    plain, filled = group_powers(magnitude, groups), group_powers(magnitude, groups, together)
-    _, channels, powers = order_by_power(filled)
-    assert all(count % together == 0 for count in channels[:-1])
-    assert powers[-1] == 0
-    lost = int(plain.max() - filled.max())  # of the last groups, all of whose channels were taken
-    assert bool((filled >= plain - lost).all())
-    assert int((filled > plain - lost).sum()) <= (together - 1) * int(plain.max())
-    for power in powers[:-1]:
-        inside, below = magnitude[filled == power], magnitude[filled < power]
-        assert float(inside.min()) >= float(below.max())
-
-
 def test_order_runs_from_the_largest_scale_to_the_smallest() -> None:
     order, channels, powers = order_by_power(torch.tensor([0, 5, 0, 2, 5]))
     assert order.tolist() == [1, 4, 3, 0, 2]

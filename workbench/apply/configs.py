@@ -222,7 +222,6 @@ class TenderConfig(MethodConfig):
     """
 
     method: Literal["tender"] = "tender"
-    version: ClassVar[int] = 2
     bits: IntegerBits = 8
     activation_bits: IntegerBits = 8
     scales: Scales = "token"
@@ -264,7 +263,6 @@ class IntegerConfig(MethodConfig):
     """
 
     method: Literal["integer"] = "integer"
-    version: ClassVar[int] = 2
     activations: Activations
     bits: IntegerBits = 8
     activation_bits: IntegerBits = 8

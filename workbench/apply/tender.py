@@ -39,10 +39,6 @@ from workbench.models.base import Linear, LoadedModel, Unit
 from workbench.progress import Job
 
 _GAIN = 0.02  # share of the predicted error that one more group has to take off: each costs a shift of every sum
-# Channels that a product takes at once, by bits of the weights. A group that ended within them would be filled up with
-# zeros, few as they are: of 576 channels in five groups as much as a tenth of the work on tiles of 64. A coarser scale
-# than they need for a few channels costs less.
-_TOGETHER = {8: 4, 4: 8}
 _JUDGES = 2  # calibration windows on which round-up and round-down are compared; the paper takes one
 
 
@@ -64,7 +60,7 @@ def channel_bias(low: torch.Tensor, high: torch.Tensor) -> torch.Tensor:
     return torch.where(middle.isfinite(), middle, 0.0)
 
 
-def group_powers(magnitude: torch.Tensor, groups: int, together: int = 1) -> torch.Tensor:
+def group_powers(magnitude: torch.Tensor, groups: int) -> torch.Tensor:
     """Power of two by which each channel's scale exceeds the smallest group's, int64 (in,), in 0 .. groups - 1.
 
     The largest group has the highest power, the smallest that has channels 0.
@@ -72,12 +68,8 @@ def group_powers(magnitude: torch.Tensor, groups: int, together: int = 1) -> tor
     Args:
         magnitude: float32 (in,), at least 0.
         groups: at least 1.
-        together: groups hold a multiple of so many channels, but for the last: each is filled up with the largest of
-            those after it.
     """
     group = torch.from_numpy(power_of_two_groups(magnitude.numpy(), groups))
-    order = torch.argsort(magnitude, descending=True, stable=True)
-    group[order] = group[order][::together].repeat_interleave(together)[: len(order)]
     return group.max() - group
 
 
@@ -169,9 +161,9 @@ def tender_scheme(
     def powers_of(groups: int) -> torch.Tensor:
         if config.scales == "chunk":  # one order for all chunks: a channel's group is that of its worst
             largest = magnitude.amax(1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
-            return group_powers((magnitude / largest).amax(0), groups, _TOGETHER[config.bits])
+            return group_powers((magnitude / largest).amax(0), groups)
         spread = ranges.square if bias is None else (ranges.square - bias.square()).clamp(min=0)
-        return group_powers(spread.sqrt(), groups, _TOGETHER[config.bits])
+        return group_powers(spread.sqrt(), groups)
 
     def steps_of(powers: torch.Tensor) -> torch.Tensor:
         steps = (magnitude * torch.exp2(-powers.float())).amax(1) / top
