@@ -33,6 +33,7 @@ from workbench.models import LoadedModel
 from workbench.progress import Job
 from workbench.runtime import open_engine
 from workbench.runtime.base import StepTrace
+from workbench.runtime.holding import Held
 from workbench.runtime.plan import Policy, ProjectionLevels
 from workbench.runtime.precision import (
     cuts_of,
@@ -42,7 +43,7 @@ from workbench.runtime.precision import (
     precision_plan,
     target_range,
 )
-from workbench.runtime.precision_control import Held, PrecisionController
+from workbench.runtime.precision_control import PrecisionController
 from workbench.runtime.precision_log import PrecisionLog, retuned
 
 NESTED = NestedConfig(widths=(2, 3, 5), group_size=16, fit="rounded")

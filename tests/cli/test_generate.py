@@ -113,14 +113,16 @@ def test_a_sparsity_is_held_when_generating(workbench: Command, sparse: Path, dy
     plain = workbench("generate", sparse, *asked).json
     assert found[0]["tokens"] == plain["tokens"] != found[3]["tokens"]
     assert "sparsity" not in plain
-    said = workbench("generate", sparse, "Hello", "--new-tokens", "8", "--engine", "reference", "--sparsity", "0.3")
-    assert "30.0% expected from the calibration text" in said.err
+    said = ("generate", sparse, "Hello", "--new-tokens", "8", "--engine", "reference", "--sparsity", "0.3")
+    assert "30.0% asked for." in workbench(*said).err
+    free = workbench(*said, "--no-hold")
+    assert "30.0% expected from the calibration text" in free.err
     for model, arguments, message in (
         (sparse, ("--sparsity", "0.7"), "give 0 to 0.6"),
         (sparse, ("--sparsity", "-0.1"), "give 0 to 0.6"),
         (sparse, ("--sparsity", "0.3", "--width", "3"), "neither --width nor --target"),
         (sparse, ("--sparsity", "0.3", "--target", "3"), "neither --width nor --target"),
-        (sparse, ("--sparsity", "0.3", "--no-hold"), "--target"),
+        (sparse, ("--hold",), "--target"),
         (dynamic, ("--sparsity", "0.3"), "'input-sparsity'"),
     ):
         refused = workbench("generate", model, *asked, *arguments)
@@ -160,7 +162,15 @@ def test_a_predicted_sparsity_is_held_when_generating(workbench: Command, masked
     assert by_scope["reply"].json["prefix"] == 0
     assert len({one.json["effective_sparsity"] for one in by_scope.values()}) == len(SCOPES)
     said = workbench("generate", masked, "Hello", "--new-tokens", "8", *asked[-3:], "--sparsity", "0.2")
+    assert "asked for after its first 4 tokens" in said.err
+    said = workbench("generate", masked, "Hello", "--new-tokens", "8", *asked[-3:], "--sparsity", "0.2", "--no-hold")
     assert "expected from held-out text after its first 4 tokens" in said.err
+    held, free = (workbench("generate", masked, *asked, "--sparsity", "0.4", h).json for h in ("--hold", "--no-hold"))
+    assert held == found[2] | {"ms_per_token": held["ms_per_token"], "deciding_share": held["deciding_share"]}
+    assert (held["held"], free["held"]) == (True, False)
+    assert held["effective_sparsity"] != free["effective_sparsity"]
+    refused = workbench("generate", masked, *asked, "--sparsity", "0.4", "--scope", "reply", "--hold")
+    assert "decides once" in refused.line
     said = workbench("generate", masked, "Hello", "--new-tokens", "1", *asked[-3:], "--sparsity", "0.2")
     assert "took no step" in said.err
 

@@ -59,6 +59,8 @@ def test_rows_get_all_keys_and_the_file_is_strict_json(toy: list[BenchContext], 
 
 
 def test_inputs_and_outputs_are_checked_before_any_work(toy: list[BenchContext], tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="runs as a whole"):
+        run_bench("toy", tmp_path / "x.json", only=["awq"])
     with pytest.raises(InputError, match=r"no bench 'toi'.*Did you mean 'toy'"):
         run_bench("toi", tmp_path / "x.json")
     with pytest.raises(InputError, match="is a folder"):

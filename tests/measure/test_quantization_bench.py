@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from workbench.errors import InputError
 from workbench.measure.bench import run_bench
 from workbench.measure.benches import engine, quantization, quantization_methods
 
@@ -65,6 +66,19 @@ def test_quick_keeps_the_rows_of_the_claim(quick: list[dict[str, Any]]) -> None:
         *[(method, 8) for method in ("per-tensor", "per-token", "tender")],
     ]
     assert {r["text"] for r in quick} == {"pydoc"}
+
+
+def test_methods_can_be_measured_alone(model_folder: Path, patched: Any) -> None:
+    def run(*only: str, text: str | None = "pydoc") -> list[tuple[str, int]]:
+        found = run_bench("quantization", model=str(model_folder), text=text, threads=1, quick=True, only=only)["rows"]
+        assert found[0]["method"] == found[1]["method"] == "bf16"
+        return [(r["method"], r["bits"]) for r in found if r["text"] == "pydoc"][2:]
+
+    # Quick leaves out gptq, and 4 bits of activations.
+    assert run("gptq", "per-token") == [("gptq", 3), ("gptq", 4), ("per-token", 8), ("per-token", 4)]
+    assert run("shift", text=None) == [("awq", 3), ("awq", 3), ("gptq", 3), ("gptq", 3)]
+    with pytest.raises(InputError, match=r"no method 'gptk'.*Did you mean 'gptq'"):
+        run("gptk")
 
 
 def test_columns_follow_from_one_another(rows: list[dict[str, Any]]) -> None:

@@ -12,6 +12,7 @@ import torch
 from workbench.apply.input_sparsity_config import InputSparsityConfig
 from workbench.apply.sparsity_config import Criterion
 from workbench.corpus import Window, questions
+from workbench.errors import InputError
 from workbench.measure.bench import BenchContext, run_bench
 from workbench.measure.benches import engine, sparsity, sparsity_methods, sparsity_quality, sparsity_questions
 from workbench.measure.sparse_plans import layout_key, plan_key, sparse_plan, sparse_policy
@@ -92,9 +93,27 @@ def test_criteria_and_scopes_are_shown_at_one_sparsity(rows: list[dict[str, Any]
     here = [r for r in rows if r["text"] == "prose" and r["weight_bits"] == 16 and r["sparsity"] == 0.3]
     assert {r["criterion"] for r in here if r["method"] == "static"} == set(get_args(Criterion))
     scopes = [r["scope"] for r in here if r["method"] == "unified"]
-    assert scopes == ["token", "every 4 tokens", "reply"]
+    assert scopes == ["token", "token", "every 4 tokens", "reply"]
     perplexities = {r["perplexity"] for r in here if r["method"] == "unified"}
-    assert len(perplexities) == 3
+    assert len(perplexities) == 4
+    free = [r for r in here if "thresholds of calibration" in r["variant"]]
+    assert [r["method"] for r in free] == ["unified", "per-layer", "unified"]
+    for entry in free[:2]:  # held by what was seen, they come nearer
+        held = chosen(here, entry["method"], 0.3)
+        assert "share held" in held["variant"]
+        off = [abs(r["effective_sparsity"] - 0.3 * 19 / 21) for r in (held, entry)]
+        assert off[0] < max(off[1], 0.03)
+
+
+def test_methods_can_be_measured_alone(model_folder: Path, patched: Any) -> None:
+    def run(*only: str) -> list[tuple[str, int]]:
+        found = run_bench("sparsity", model=str(model_folder), text="pydoc", threads=1, quick=True, only=only)["rows"]
+        assert {r["text"] for r in found} == {"pydoc"}
+        return sorted({(r["method"], r["weight_bits"]) for r in found})
+
+    assert run("teal") == [("dense", 4), ("dense", 16), ("teal", 4), ("teal", 16)]
+    with pytest.raises(InputError, match="no method 'teel'"):
+        run("teel")
 
 
 def test_only_what_is_predicted_after_the_prefix_counts(quick: list[dict[str, Any]]) -> None:
@@ -223,8 +242,11 @@ def test_no_contender_but_the_oracle_sees_later_text(
     other = tokens[:30] + torch.randint(0, 256, (10,), generator=generator).tolist()
     for contender in [c for c in listed if c.bits == 4 and c.sparsity in (0.0, 0.3)]:
         running = sparsity_quality.engine_of(contender, opened, context)
-        side = sparsity_quality.Sparse(contender, running, sparsity_quality.masks_of(contender, truth))
-        before, after = (np.concatenate([r for _, r in side.log_probabilities(text)])[:30] for text in (tokens, other))
+        before, after = (  # a side each: what one holds follows from all that it has seen
+            np.concatenate([r for _, r in side.log_probabilities(text)])[:30]
+            for text in (tokens, other)
+            for side in [sparsity_quality.Sparse(contender, running, sparsity_quality.masks_of(contender, truth))]
+        )
         assert np.array_equal(before, after) == (contender.method != "oracle"), contender.method
     for running in opened.values():
         running.close()
@@ -307,7 +329,8 @@ def test_answers_are_scored_under_masks_from_the_last_token_of_the_question_on(
         assert (found[begin - 1 :] < 0).all()
         assert len(side._left) == 30 - begin  # steps that part of the answer is predicted from
         # No step knows what comes after it.
-        np.testing.assert_array_equal(found[:-1], side.score(other, prompt_length=begin)[:-1])
+        again = sparsity_questions.Answering(running, contender)
+        np.testing.assert_array_equal(found[:-1], again.score(other, prompt_length=begin)[:-1])
         running.close()
         if contender.method in ("teal", "wina"):
             continue

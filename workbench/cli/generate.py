@@ -14,11 +14,15 @@ from workbench.errors import InputError
 from workbench.files import check_output_file
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from workbench.formats.compressed import CompressedModel
     from workbench.formats.selectors import Selectors
+    from workbench.models.base import Architecture
     from workbench.progress import Job
-    from workbench.runtime.base import Engine
-    from workbench.runtime.precision_control import Held
+    from workbench.runtime.base import Engine, StepTrace
+    from workbench.runtime.plan import Policy
+    from workbench.runtime.precision_control import PrecisionController
     from workbench.runtime.precision_log import PrecisionLog
 
 
@@ -44,7 +48,8 @@ def generate(
     hold: Annotated[
         bool | None,
         typer.Option(
-            help="With --target: hold the average on it as text is read; done unless --no-hold.", show_default=False
+            help="With --target or --sparsity: hold the average on it as text is read; done unless --no-hold.",
+            show_default=False,
         ),
     ] = None,
     fail_safe: Annotated[
@@ -110,20 +115,23 @@ def generate(
         raise InputError("--sparsity goes with neither --width nor --target: a model decides on widths or on sparsity.")
     if target is None:
         alone = sparsity is None  # these two go with a sparsity as well
-        asked = {"--hold" if hold else "--no-hold": hold is not None}
+        asked = {"--hold" if hold else "--no-hold": hold is not None and alone}
         asked |= {"--fail-safe": fail_safe and alone, "--log": log is not None and alone}
         _require(asked, "--target", "the average bits to read at")
     if sparsity is None:
         asked = {"--scope": scope is not None, "--important": important, "--guard": guard is not None}
         asked |= {"--log-features": log_features is not None}
         _require(asked, "--sparsity", "the share of the weights not to use")
-    watched: Held | None = None
+    watched: Watched | None = None
     sparse: Sparse | None = None
     with console.running(quiet=True) as job:
         if sparsity is not None:
             switches = (important, guard, fail_safe)
             sparse = open_sparse(
-                *(model, sparsity, scope, engine, threads, job, *switches, log), device=device, features=log_features
+                *(model, sparsity, scope, engine, threads, job, *switches, log),
+                device=device,
+                features=log_features,
+                hold=hold,
             )
             opened = sparse.engine
         elif target is None:
@@ -134,7 +142,7 @@ def generate(
             counted = None if log is None else _log(log, compressed, selectors)
             opened = _at_target(compressed, selectors, target, engine, threads, job, device)
             sequence = opened.start(seed=seed)
-            watched = _held(opened, sequence, compressed, target, hold is not False, fail_safe, counted)
+            watched = _watched(opened, sequence, compressed, target, hold is not False, fail_safe, counted)
         loaded = opened.model
         ids = loaded.encode(prompt) if raw else loaded.encode_chat(prompt)
         options: dict[str, Any] = {"sampler": sampler, "stop_tokens": loaded.stop_tokens, "job": job}
@@ -145,10 +153,11 @@ def generate(
             if sparse.features is not None and log_features is not None:
                 sparse.features[0].save(log_features)
         else:
-            between = watched.look if watched is not None else None
-            reply = opened.generate(sequence, ids, new_tokens, on_token=watched, between=between, **options)
+            held = watched.held if watched is not None else None
+            between = held.look if held is not None else None
+            reply = opened.generate(sequence, ids, new_tokens, on_token=held, between=between, **options)
         if watched is not None:
-            watched.finish()
+            watched.held.finish()
             if watched.log is not None and log is not None:
                 watched.log.save(log)
     steps = [step.seconds for step in sequence.trace[len(ids) :]]
@@ -337,7 +346,35 @@ def _at_target(
     return open_engine(compressed, engine=engine, plan=plan, threads=threads, device=device, job=job)
 
 
-def _held(
+class Watched:
+    """A sequence that is held on its target, and counted.
+
+    Attributes:
+        controller: that watches.
+        held: what the engine calls.
+        log: what was counted, where it is.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        sequence: Any,
+        architecture: Architecture,
+        controller: PrecisionController,
+        log: PrecisionLog | None,
+    ) -> None:
+        from workbench.runtime.holding import Held
+
+        self.controller, self.log = controller, log
+        self._architecture = architecture
+        self.held = Held(engine, sequence, controller, self._count)
+
+    def _count(self, steps: Sequence[StepTrace], policy: Policy) -> None:
+        if self.log is not None:
+            self.log = self.log.added(self._architecture, steps, policy.thresholds)
+
+
+def _watched(
     engine: Engine,
     sequence: Any,
     compressed: CompressedModel,
@@ -345,15 +382,15 @@ def _held(
     hold: bool,
     fail_safe: bool,
     log: PrecisionLog | None,
-) -> Held:
+) -> Watched:
     """What watches a sequence and holds it on its target."""
-    from workbench.runtime.precision_control import Held, PrecisionController
+    from workbench.runtime.precision_control import PrecisionController
 
     if compressed.selectors is None:
         raise InputError("The model has no selectors.")
     parts = compressed.architecture
     controller = PrecisionController(parts, compressed.selectors, target, hold=hold, fail_safe=fail_safe)
-    return Held(engine, sequence, controller, log)
+    return Watched(engine, sequence, parts, controller, log)
 
 
 def _at_width(model: str, width: int | None, engine: str, threads: int | None, job: Job, device: str) -> Engine:

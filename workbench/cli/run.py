@@ -234,6 +234,13 @@ def bench(
     text: Annotated[str | None, typer.Option(help="Evaluation text: prose, pydoc, hf:..., or a file.")] = None,
     threads: Threads = None,
     quick: Annotated[bool, typer.Option("--quick", help="Within some 5 minutes, once fits are stored.")] = False,
+    only: Annotated[
+        str | None,
+        typer.Option(
+            metavar="METHOD,...",
+            help="Of 'quantization' and 'sparsity': these methods alone beside dense, also such as --quick leaves out.",
+        ),
+    ] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Measure quality anew that an earlier run measured.")] = False,
     quiet: Quiet = False,
 ) -> None:
@@ -258,6 +265,7 @@ def bench(
             text=text,
             threads=threads,
             quick=quick,
+            only=[] if only is None else [part.strip() for part in only.split(",")],
             analyze=lambda analysis, inner: analyze(store, analysis, inner).profile,
             compress=lambda dense, recipe, inner: fitted(store, dense, recipe, inner),
             shelf=ProfileShelf(store, fresh),

@@ -12,6 +12,7 @@ from workbench.errors import InputError
 from workbench.files import check_output_file
 
 if TYPE_CHECKING:
+    from workbench.formats.input_cuts import InputCuts
     from workbench.formats.mask_predictor import MaskPredictor
     from workbench.models.base import Architecture
     from workbench.progress import Job
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from workbench.runtime.mask_log import MaskLog
     from workbench.runtime.mask_safety import MaskWatch, Verdict
     from workbench.runtime.plan import Scope
+    from workbench.runtime.share_control import ShareController
 
 _MISSED, _FEWEST_STEPS = 0.05, 16  # a share further off than that, over so many steps or more, is worth a warning
 _SCOPES = "token, every:N (N tokens from one decision to the next, such as every:8) or reply"
@@ -42,6 +44,7 @@ class Sparse:
         fail_safe: it does too where it is unlike the calibration text.
         log: what requests are counted in.
         features: where tokens of a request that runs dense are kept, and what reads them.
+        controller: holds the share that was asked for; None where nobody does.
         verdict: of the prompt, once it is read.
     """
 
@@ -57,6 +60,7 @@ class Sparse:
     fail_safe: bool = False
     log: MaskLog | None = None
     features: tuple[FeatureLog, FeatureReader] | None = None
+    controller: ShareController | None = None
     verdict: Verdict | None = None
 
     def reply(self, ids: Sequence[int], new_tokens: int, **options: Any) -> tuple[Any, list[int]]:
@@ -64,7 +68,7 @@ class Sparse:
         from workbench.runtime.mask_safety import guarded_reply
 
         options |= {"important": self.important, "guard": self.guard, "fail_safe": self.fail_safe}
-        options |= {"log": self.log, "features": self.features}
+        options |= {"log": self.log, "features": self.features, "controller": self.controller}
         sequence, reply, verdict = guarded_reply(self.engine, self.watch, ids, new_tokens, **options)
         self.verdict = None if self.predictor is None else verdict
         return sequence, reply
@@ -73,6 +77,7 @@ class Sparse:
         """What ``--json`` says, of all steps of a text whose first ``prompt`` were its prompt."""
         found: dict[str, Any] = {"sparsity": self.asked, "expected_sparsity": self.expected}
         found["effective_sparsity"] = self.left_out(steps, prompt)
+        found["held"] = self.controller is not None
         found["warning"] = self.missed(steps, prompt) or None
         if self.predictor is not None and self.scope is not None:
             found["scope"] = f"every:{self.scope.n}" if self.scope.kind == "every" else self.scope.kind
@@ -145,11 +150,10 @@ class Sparse:
         if found is not None and found.dense_because:
             sure = f" ({found.confidence:.5f}, usual is {found.lowest:.5f} and more)" if found.unsure else ""
             return f"Nothing was left out, the request ran dense: {found.dense_because}{sure}."
+        held = self.controller is not None
         if self.predictor is None:
-            return (
-                f"{left_out or 0:.1%} of the blocks' weights were not used, prompt included; {self.expected:.1%} "
-                "expected from the calibration text."
-            )
+            aim = f"{self.wanted:.1%} asked for" if held else f"{self.expected:.1%} expected from the calibration text"
+            return f"{left_out or 0:.1%} of the blocks' weights were not used, prompt included; {aim}."
         if left_out is None:
             return "The reply took no step of its own, so nothing was left out."
         if len(steps) <= self.prefix:
@@ -157,10 +161,8 @@ class Sparse:
         share = deciding_share(steps[prompt:])
         time = "" if share is None else f"; choosing took {share:.1%} of its time (one run, no claim)"
         whole = f" after its first {self.prefix} tokens, which stay whole" if self.prefix else ""
-        return (
-            f"{left_out:.1%} of the blocks' weights were not used by the reply; {self.expected:.1%} expected from "
-            f"held-out text{whole}{time}."
-        )
+        aim = f"{self.wanted:.1%} asked for" if held else f"{self.expected:.1%} expected from held-out text"
+        return f"{left_out:.1%} of the blocks' weights were not used by the reply; {aim}{whole}{time}."
 
 
 def deciding_share(steps: Sequence[StepTrace]) -> float | None:
@@ -228,6 +230,7 @@ def open_sparse(
     log: Path | None = None,
     device: str = "cpu",
     features: Path | None = None,
+    hold: bool | None = None,
 ) -> Sparse:
     """Open a compressed model that leaves a share of its weights out.
 
@@ -251,6 +254,7 @@ def open_sparse(
         plan = mask_plan(architecture, predictor, sparsity, scope=chosen)
         expected = expected_left_out(architecture, predictor, mask_thresholds(architecture, predictor, sparsity))
         wanted_share = sparsity * total_weights(architecture) / sum(unit.n_weights for unit in architecture.units)
+        held = _controller(architecture, predictor, sparsity, hold, chosen)
         watch = None
         if predictor.statistics is not None or fail_safe or log is not None:
             from workbench.runtime.mask_safety import MaskWatch
@@ -264,6 +268,7 @@ def open_sparse(
             *(opened, sparsity, wanted_share, expected, predictor, chosen, watch, important, guarding, fail_safe),
             log=counted,
             features=kept,
+            controller=held,
         )
     if compressed.input_cuts is None:
         raise InputError(
@@ -290,4 +295,26 @@ def open_sparse(
     # Without sparsity, as without the option: the layout for it rounds activations otherwise and takes longer.
     cut = input_plan(architecture, cuts, sparsity) if sparsity != 0 else None
     opened = open_engine(compressed, engine=engine, plan=cut, threads=threads, device=device, job=job)
-    return Sparse(opened, sparsity, sparsity, expected)
+    held = _controller(architecture, cuts, sparsity, hold)
+    return Sparse(opened, sparsity, sparsity, expected, controller=held)
+
+
+def _controller(
+    architecture: Architecture,
+    tables: MaskPredictor | InputCuts,
+    sparsity: float,
+    hold: bool | None,
+    scope: Scope | None = None,
+) -> ShareController | None:
+    """What holds a share: nothing where there is none, or where one decision stands for the whole reply.
+
+    Raises:
+        InputError: it was asked for where it cannot be.
+    """
+    from workbench.runtime.share_control import ShareController
+
+    if scope is not None and scope.kind == "reply":
+        if hold:
+            raise InputError("--hold is not possible with the scope reply, which decides once: leave one of them out.")
+        return None
+    return None if hold is False or sparsity == 0 else ShareController(architecture, tables, sparsity)

@@ -64,6 +64,7 @@ class BenchContext:
         text: evaluation text; None for the bench's own. With it no other text may appear in the rows.
         threads: of every engine.
         quick: end within some five minutes on two cores once fits exist, with the same rows.
+        only: methods to measure beside the dense model, also such as quick leaves out; empty for all.
         analyze: how to get an analysis' profile: from a store by default of the command line, else computed.
         compress: how to get a compressed model that takes long to fit: likewise.
         shelf: where quality that was measured is kept for a run that goes on after an interruption; None keeps none.
@@ -78,29 +79,38 @@ class BenchContext:
     compress: Callable[[LoadedModel, Recipe, Job], CompressedModel] = _compress
     shelf: Shelf | None = None
     job: Job = field(default_factory=Job)
+    only: tuple[str, ...] = ()
+
+    def takes(self, method: str, *, quick: bool = True) -> bool:
+        """Whether a method is measured; ``quick`` says whether it is where all are that quick has."""
+        return method in self.only if self.only else quick or not self.quick
 
 
 @dataclass(frozen=True)
 class Bench:
-    """A registered bench: ``extra_keys`` are those its rows have beside ``ROW_KEYS``."""
+    """A registered bench: ``extra_keys`` are those its rows have beside ``ROW_KEYS``.
+
+    ``methods`` are those that it can be asked to measure alone; a bench without any runs as a whole.
+    """
 
     name: str
     run: Callable[[BenchContext], Rows]
     extra_keys: tuple[str, ...]
+    methods: tuple[str, ...]
 
 
 _REGISTRY: dict[str, Bench] = {}
 
 
 def bench(
-    name: str, *, extra_keys: Sequence[str] = ()
+    name: str, *, extra_keys: Sequence[str] = (), methods: Sequence[str] = ()
 ) -> Callable[[Callable[[BenchContext], Rows]], Callable[[BenchContext], Rows]]:
     """Register a function as the bench of a name in ``BENCHES``."""
 
     def register(function: Callable[[BenchContext], Rows]) -> Callable[[BenchContext], Rows]:
         if name not in BENCHES or name in _REGISTRY:
             raise ValueError(f"'{name}' is not in BENCHES, or there are two of it")
-        _REGISTRY[name] = Bench(name, function, tuple(extra_keys))
+        _REGISTRY[name] = Bench(name, function, tuple(extra_keys), tuple(methods))
         return function
 
     return register
@@ -120,6 +130,18 @@ def find_bench(name: str) -> Bench:
     return _REGISTRY[name]
 
 
+def check_methods(chosen: Bench, only: Sequence[str]) -> None:
+    """Raise ``InputError`` where a bench cannot be asked for these methods alone."""
+    if only and not chosen.methods:
+        raise InputError(f"The bench '{chosen.name}' runs as a whole: leave out --only.")
+    for method in only:
+        if method not in chosen.methods:
+            raise InputError(
+                f"The bench '{chosen.name}' has no method '{method}'; it has {', '.join(chosen.methods)}."
+                + suggest(method, chosen.methods)
+            )
+
+
 def run_bench(
     name: str,
     json_path: Path | str | None = None,
@@ -128,6 +150,7 @@ def run_bench(
     text: str | None = None,
     threads: int | None = None,
     quick: bool = False,
+    only: Sequence[str] = (),
     analyze: Callable[[Analysis, Job], Profile] | None = None,
     compress: Callable[[LoadedModel, Recipe, Job], CompressedModel] | None = None,
     shelf: Shelf | None = None,
@@ -138,17 +161,18 @@ def run_bench(
     Args:
         name: of the bench.
         json_path: file to write, replaced as a whole; None to write none.
-        model, text, threads, quick, analyze, compress, shelf, job: see ``BenchContext``.
+        model, text, threads, quick, only, analyze, compress, shelf, job: see ``BenchContext``.
 
     Returns:
         What is written: JSON values, every row with all of ``ROW_KEYS`` (None where nothing is known).
 
     Raises:
-        InputError, CorpusError: unknown bench, text or threads, before any work.
+        InputError, CorpusError: unknown bench, method, text or threads, before any work.
         StoreError: the file cannot be written there, said before any work.
         WorkbenchError: what the bench raises.
     """
     chosen = find_bench(name)
+    check_methods(chosen, only)
     threads = check_threads(threads)
     target = None if json_path is None else check_output_file(json_path)
     text_name = None
@@ -156,11 +180,20 @@ def run_bench(
         from workbench.corpus import open_text
 
         text_name = open_text(text, "evaluation").name
-    context = BenchContext(model, text, threads, quick, analyze or _compute, compress or _compress, shelf, job or Job())
+    context = BenchContext(
+        model, text, threads, quick, analyze or _compute, compress or _compress, shelf, job or Job(), tuple(only)
+    )
     rows = complete_rows(chosen, chosen.run(context), text_name)
     result = plain(
         {
-            "environment": {**environment(), "bench": name, "model": model, "threads": threads, "quick": quick},
+            "environment": {
+                **environment(),
+                "bench": name,
+                "model": model,
+                "threads": threads,
+                "quick": quick,
+                "only": list(only),
+            },
             "rows": rows,
         }
     )

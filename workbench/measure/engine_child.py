@@ -15,12 +15,14 @@ from workbench.formats.selectors import Selectors
 from workbench.measure.child import serve
 from workbench.measure.decoding import decode, lengthen, prefill_seconds
 from workbench.measure.latency_child import order_of_round
-from workbench.measure.sparse_plans import layout_key, sparse_plan, sparse_policy
+from workbench.measure.sparse_plans import layout_key, share_controller, sparse_plan, sparse_policy
 from workbench.progress import Job
 from workbench.runtime import open_engine
 from workbench.runtime.cpu import CpuEngine
+from workbench.runtime.holding import Held
 from workbench.runtime.plan import Policy, width_plan
 from workbench.runtime.precision import gain_thresholds, precision_plan
+from workbench.runtime.share_control import ShareController
 
 
 @dataclass(frozen=True)
@@ -47,15 +49,25 @@ class Side(Protocol):
 
 
 class CpuSide:
-    """The cpu engine; several sides may share one nested model, each with its policy."""
+    """The cpu engine; several sides may share one nested model, each with its policy, or what moves it."""
 
-    def __init__(self, engine: CpuEngine, policy: Policy) -> None:
-        self._engine, self._policy = engine, policy
+    def __init__(self, engine: CpuEngine, policy: Policy, controller: ShareController | None = None) -> None:
+        self._engine, self._policy, self._controller = engine, policy, controller
 
     def decode(self, prompt: Sequence[int], new_tokens: int) -> Timing:
-        self._engine.set_policy(self._policy)
+        controller = self._controller
+        self._engine.set_policy(self._policy if controller is None else controller.policy)
         sequence, at = self._engine.start(), [0.0]
-        self._engine.generate(sequence, prompt, new_tokens + 1, on_token=lambda _: at.append(time.perf_counter()))
+        held = None if controller is None else Held(self._engine, sequence, controller)
+
+        def on_token(token: int) -> None:
+            at.append(time.perf_counter())
+            if held is not None:
+                held(token)
+
+        self._engine.generate(sequence, prompt, new_tokens + 1, on_token=on_token)
+        if held is not None:
+            held.finish()
         steps = sequence.trace[len(prompt) :]
         parts = {name: float(np.median([step.parts[name] for step in steps])) for name in steps[0].parts}
         return Timing(
@@ -130,7 +142,11 @@ def _open(sides: Sequence[dict[str, Any]], threads: int, context: int, job: Job)
             if key not in engines:
                 engines[key] = _engine(side, threads, stored)
             engine = engines[key]
-            found.append(CpuSide(engine, _policy(side, stored)) if side["engine"] == "cpu" else ReferenceSide(engine))
+            if side["engine"] == "cpu":
+                controller = sparse and share_controller(stored(side["source"]), sparse)
+                found.append(CpuSide(engine, _policy(side, stored), controller))
+            else:
+                found.append(ReferenceSide(engine))
         job.advance()
     return found
 

@@ -2,7 +2,8 @@
 
 What is asked for: ``kind``, ``inputs`` or a kind of mask (``runtime.masks``); ``sparsity``; ``prefix``, tokens that
 masks leave whole (None: as the predictor was made); of masks without a predictor ``allocation`` and ``criterion``; of
-predicted ones ``scope`` and ``n``.
+predicted ones ``scope`` and ``n``; ``hold``, of inputs and of masks predicted more than once a reply, whether the share
+is held on the sparsity (``runtime.share_control``).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from workbench.formats.mask_predictor import MaskPredictor
 from workbench.runtime.input_sparsity import input_plan, input_policy
 from workbench.runtime.masks import mask_plan, mask_policy
 from workbench.runtime.plan import Plan, Policy, Scope
+from workbench.runtime.share_control import ShareController
 
 _MOVED = ("inputs", "predicted")  # by thresholds alone: one plan serves all sparsities
 
@@ -49,6 +51,22 @@ def sparse_policy(model: CompressedModel, asked: Mapping[str, Any]) -> Policy:
     if asked["kind"] == "predicted":
         return mask_policy(model.architecture, _predictor(model), asked["sparsity"], allocation=asked.get("allocation"))
     return Policy()
+
+
+def share_controller(
+    model: CompressedModel, asked: Mapping[str, Any], *, first: int | None = None
+) -> ShareController | None:
+    """What holds the share where that is asked for and there is one, else None.
+
+    ``first`` tokens of a text are not counted; None for those that stay whole.
+    """
+    if not asked.get("hold") or not asked["sparsity"]:
+        return None
+    if asked["kind"] == "inputs":
+        return ShareController(model.architecture, _cuts(model), asked["sparsity"], first=first)
+    first = asked.get("prefix") if first is None else first
+    allocation = asked.get("allocation")
+    return ShareController(model.architecture, _predictor(model), asked["sparsity"], first=first, allocation=allocation)
 
 
 def plan_key(asked: Mapping[str, Any]) -> tuple[Any, ...]:

@@ -74,9 +74,14 @@ class StepTrace:
 class EngineSequence(Protocol):
     """One running text: its cache, position and trace. Made by ``Engine.start``."""
 
-    tokens: list[int]
-    prompt_length: int
-    trace: list[StepTrace]
+    @property
+    def tokens(self) -> list[int]: ...
+
+    @property
+    def prompt_length(self) -> int: ...
+
+    @property
+    def trace(self) -> list[StepTrace]: ...
 
     @property
     def position(self) -> int: ...

@@ -20,6 +20,7 @@ from workbench.models.base import Architecture
 from workbench.progress import Job
 from workbench.runtime.base import GREEDY, Engine, Sampler
 from workbench.runtime.feature_log import FeatureLog, FeatureReader
+from workbench.runtime.holding import Controller, Held
 from workbench.runtime.mask_log import MaskLog
 from workbench.runtime.mask_shares import mask_thresholds, predictor_groups
 from workbench.runtime.plan import Policy
@@ -177,6 +178,7 @@ def guarded_reply(
     job: Job | None = None,
     log: MaskLog | None = None,
     features: tuple[FeatureLog, FeatureReader] | None = None,
+    controller: Controller | None = None,
 ) -> tuple[Any, list[int], Verdict]:
     """Reply under an engine's mask plan, or dense where that is called for.
 
@@ -199,6 +201,7 @@ def guarded_reply(
         log: what the request is added to, with every decision that was looked at (none of a sequence that runs dense);
             taps are then read all along, which takes time. With a watch alone.
         features: where a sample of its tokens goes if it runs dense, and what takes it.
+        controller: moves thresholds while the request runs, unless it runs dense.
 
     Returns:
         The sequence, its new tokens, and what is known of the prompt.
@@ -207,12 +210,16 @@ def guarded_reply(
     verdict = Verdict(dense_because=IMPORTANT)
     if not important:
         sequence = engine.start(seed=seed)
+        held = None if controller is None else Held(engine, sequence, controller)
+        between = None if held is None else held.look
         if watch is None:
-            return sequence, engine.generate(sequence, prompt, new_tokens, **options), Verdict()
+            reply = engine.generate(sequence, prompt, new_tokens, on_token=held, between=between, **options)
+            _ended(held)
+            return sequence, reply, Verdict()
         reader = PromptReader(watch, log, functools.partial(_decided, engine, len(prompt)))
         found: list[Verdict] = []
 
-        def look(token: int | None = None) -> None:
+        def look() -> None:
             if found:
                 return
             if log is None:
@@ -223,10 +230,16 @@ def guarded_reply(
             if because:
                 raise _Dense
 
+        def on_token(token: int) -> None:
+            look()
+            if held is not None:
+                held(token)
+
         engine.set_tap(reader, numpy=True)
         try:
-            reply = engine.generate(sequence, prompt, new_tokens, on_token=look, **options)
+            reply = engine.generate(sequence, prompt, new_tokens, on_token=on_token, between=between, **options)
             look()
+            _ended(held)
             _counted(log, sequence, len(prompt), found[0])
             return sequence, reply, found[0]
         except _Dense:
@@ -246,6 +259,11 @@ def guarded_reply(
         features[0].finish()
     _counted(log, sequence, len(prompt), verdict)
     return sequence, reply, verdict
+
+
+def _ended(held: Held | None) -> None:
+    if held is not None:
+        held.finish()
 
 
 def _decided(engine: Engine, prompt: int, positions: np.ndarray) -> np.ndarray:

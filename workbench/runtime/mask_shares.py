@@ -157,6 +157,25 @@ def allocation_of(predictor: MaskPredictor, given: Allocation | None) -> Allocat
     return found
 
 
+def highest_sparsity(
+    architecture: Architecture,
+    predictor: MaskPredictor,
+    *,
+    allocation: Allocation | None = None,
+    heads: float | None = None,
+    protected: Sequence[int] = (),
+) -> float:
+    """The most that ``mask_thresholds`` can be asked for with these options."""
+    groups = predictor_groups(architecture, predictor)
+    free = _free(architecture, groups, protected)
+    low, high = 0.0, 1.0
+    for _ in range(40):
+        middle = (low + high) / 2
+        pools = _wanted(architecture, groups, free, middle, allocation_of(predictor, allocation), heads)
+        low, high = (middle, high) if all(wanted <= room for _, wanted, room in pools) else (low, middle)
+    return low
+
+
 def _pools(
     architecture: Architecture,
     groups: Sequence[MaskGroup],
@@ -167,6 +186,28 @@ def _pools(
 ) -> list[tuple[np.ndarray, float]]:
     """Groups that share a threshold, with the weights that they leave out together."""
     _check_share("sparsity", sparsity)
+    pools = _wanted(architecture, groups, free, sparsity, allocation, heads)
+    size = total_weights(architecture)
+    for members, wanted, room in pools:
+        if wanted < -1e-9 or wanted > room * (1 + 1e-9):
+            kinds = " and ".join(sorted({groups[i].kind for i in members.tolist()})) or "units"
+            raise InputError(
+                f"A sparsity of {sparsity:g} is not possible here: the {kinds} that may be left out hold "
+                f"{room / size:.3g} of the weights, and {wanted / size:.3g} is asked of them: "
+                "ask for less, or protect fewer blocks."
+            )
+    return [(members, wanted) for members, wanted, _ in pools if wanted > 0]
+
+
+def _wanted(
+    architecture: Architecture,
+    groups: Sequence[MaskGroup],
+    free: np.ndarray,
+    sparsity: float,
+    allocation: Allocation,
+    heads: float | None,
+) -> list[tuple[np.ndarray, float, float]]:
+    """Groups that share a threshold, with the weights that they should leave out together, and that they can."""
     everything = mask_groups(architecture)
     size = {kind: float(sum(g.size * g.weights for g in everything if g.kind == kind)) for kind in ("heads", "neurons")}
     of = {kind: np.flatnonzero(free & np.array([g.kind == kind for g in groups])) for kind in ("heads", "neurons")}
@@ -180,17 +221,10 @@ def _pools(
         _check_share("heads", share)
         pools = [(of["heads"], share * size["heads"]), (of["neurons"], total - share * size["heads"])]
     floors = floors_of(groups, allocation)
-    for members, wanted in pools:
-        room = float(sum((groups[i].size - floors[i]) * groups[i].weights for i in members.tolist()))
-        if wanted < -1e-9 or wanted > room * (1 + 1e-9):
-            kinds = " and ".join(sorted({groups[i].kind for i in members.tolist()})) or "units"
-            raise InputError(
-                f"A sparsity of {sparsity:g} is not possible here: the {kinds} that may be left out hold "
-                f"{room / sum(size.values()):.3g} of the weights, and "
-                f"{wanted / sum(size.values()):.3g} is asked of them: "
-                "ask for less, or protect fewer blocks."
-            )
-    return [(members, wanted) for members, wanted in pools if wanted > 0]
+    return [
+        (members, wanted, float(sum((groups[i].size - floors[i]) * groups[i].weights for i in members.tolist())))
+        for members, wanted in pools
+    ]
 
 
 def _check_share(name: str, share: float) -> None:

@@ -135,8 +135,13 @@ def mask_policy(architecture: Architecture, predictor: MaskPredictor, sparsity: 
     """Another sparsity for a running predicted plan, from the next decision on: thresholds alone. ``options`` as
     ``allocation``, ``heads`` and ``protected`` of ``mask_plan``, as they were given to it."""
     found = mask_thresholds(architecture, predictor, sparsity, **options)
+    return Policy(thresholds=slot_thresholds(predictor, found))
+
+
+def slot_thresholds(predictor: MaskPredictor, thresholds: np.ndarray) -> dict[str, tuple[float, ...]]:
+    """Thresholds (groups,) by the slots of a predicted plan."""
     parts = predictor.parts
-    return Policy(thresholds={_slot(p, len(parts)): tuple(found[p.groups[0] : p.groups[1]].tolist()) for p in parts})
+    return {_slot(part, len(parts)): tuple(thresholds[part.groups[0] : part.groups[1]].tolist()) for part in parts}
 
 
 def whole_policy(plan: Plan) -> Policy:

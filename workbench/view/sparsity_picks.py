@@ -163,12 +163,14 @@ class SparsityPick:
     def asked(self) -> dict[str, Any]:
         """The same for ``measure.sparse_plans``."""
         if not self.masks:
-            return {"kind": "inputs", "sparsity": self.sparsity}
+            return {"kind": "inputs", "sparsity": self.sparsity, "hold": True}
         found: dict[str, Any] = {"kind": self.method, "sparsity": self.sparsity}
         if self.method in FIXED:
             found["allocation"] = CONTROL
         if self.method == "static":
             found["criterion"] = self.criterion
+        if self.method == "predicted" and self.scope != "reply":
+            found["hold"] = True
         if self.method == "predicted" and self.scope != "token":
             found |= {"scope": self.scope, "n": self.n if self.scope == "every" else 1}
         return found

@@ -18,12 +18,14 @@ from workbench.measure.benches.sparsity_quality import PREFIX
 from workbench.measure.environment import check_threads, environment
 from workbench.measure.measurement import evaluation_windows
 from workbench.measure.quality import QualityResult, compare_candidates
-from workbench.measure.sparse_plans import sparse_plan
+from workbench.measure.sparse_plans import share_controller, sparse_plan
 from workbench.measure.statistics import median_bootstrap
 from workbench.operate.sensitivity import chosen_prompts
 from workbench.progress import Job
 from workbench.runtime import choose_engine, open_engine
 from workbench.runtime.base import Engine
+from workbench.runtime.holding import Held
+from workbench.runtime.share_control import ShareController
 from workbench.store import Store
 from workbench.view.sparsity_loop import Tables, measured, predicted_kl
 from workbench.view.sparsity_picks import SparsityPick, SparsitySettings
@@ -150,7 +152,7 @@ def _replies(
     plan = sparse_plan(made, pick.asked)
     sparse = open_engine(made, engine=settings.engine, plan=plan, threads=threads)
     try:
-        found = [_reply(sparse, prompt, settings, job) for prompt in prompts]
+        found = [_reply(sparse, prompt, settings, job, share_controller(made, pick.asked)) for prompt in prompts]
     finally:
         sparse.close()
     sides.append([text for text, _ in found])
@@ -159,10 +161,24 @@ def _replies(
     return generations, tuple(shares), sparse.name
 
 
-def _reply(engine: Engine, prompt: str, settings: SparsitySettings, job: Job) -> tuple[tuple[str, ...], float]:
+def _reply(
+    engine: Engine, prompt: str, settings: SparsitySettings, job: Job, controller: ShareController | None = None
+) -> tuple[tuple[str, ...], float]:
+    """A reply with its share held, as ``generate`` does it."""
+    if controller is not None:
+        engine.set_policy(controller.policy)
     model = engine.model
     ids, sequence = model.encode_chat(prompt), engine.start(seed=settings.seed)
-    tokens = engine.generate(sequence, ids, settings.new_tokens, stop_tokens=model.stop_tokens, job=job)
+    held = None if controller is None else Held(engine, sequence, controller)
+    tokens = engine.generate(
+        sequence,
+        ids,
+        settings.new_tokens,
+        stop_tokens=model.stop_tokens,
+        job=job,
+        on_token=held,
+        between=None if held is None else held.look,
+    )
     steps = sequence.trace[len(ids) :]
     job.advance()
     kept = [step.kept_weights for step in steps]

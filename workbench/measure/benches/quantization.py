@@ -13,6 +13,8 @@ from workbench.apply.calibration import CalibrationText
 from workbench.measure.bench import BenchContext, Rows, bench
 from workbench.measure.benches.engine import bench_prompt, step_columns, time_in_turns
 from workbench.measure.benches.quantization_methods import (
+    METHODS,
+    SHIFT,
     Contender,
     dense_rows,
     integer_activations,
@@ -60,6 +62,7 @@ Qualities = dict[Contender, QualityResult]  # on one text
         "prefill_to_rival_low",
         "prefill_to_rival_high",
     ),
+    methods=METHODS,
 )
 def quantization(context: BenchContext) -> Rows:
     """Quantizers of weights at 3 and 4 bits, of activations too at 8 and 4: AWQ, GPTQ, Tender, and their rivals.
@@ -82,8 +85,8 @@ def quantization(context: BenchContext) -> Rows:
     model = load(context.model, job=context.job)
     texts = (context.text,) if context.text else TEXTS
     contenders = dense_rows()
-    contenders += [*weight_only(model, context.quick), *integer_activations(model, context.quick)]
-    if not context.quick and context.text is None:
+    contenders += [*weight_only(model, context), *integer_activations(model, context)]
+    if context.takes(SHIFT, quick=False) and context.text is None:
         contenders += shifted(model, TEXTS)
     for contender in contenders:
         if contender.recipe is not None:

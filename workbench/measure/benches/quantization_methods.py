@@ -19,6 +19,7 @@ from workbench.apply.salient import SalientConfig
 from workbench.apply.tender import IntegerBits, Scales, TenderConfig
 from workbench.apply.tune import TuneConfig
 from workbench.formats.compressed import CompressedModel
+from workbench.measure.bench import BenchContext
 from workbench.models import load
 from workbench.models.base import LoadedModel
 from workbench.runtime import open_engine
@@ -43,8 +44,16 @@ _SCHEMES: tuple[Activations, ...] = (
 _INTEGER_BITS: tuple[IntegerBits, ...] = (8, 4)
 _SCALES: tuple[Scales, ...] = ("token", "chunk")
 _QUICK_SCHEMES = ("per-tensor", "per-token")
+SHIFT = "shift"  # stands for the comparison across domains where methods are chosen
 _TENDER = "scales by token"  # what the others are judged by
 _TOKENS = GptqConfig().calibration_tokens
+
+
+METHODS = (
+    *("rtn", "awq", "gptq", "gptaq", "awq+gptq", "awq+gptaq", "learnt", "salient", "nf4", "int8"),
+    *_SCHEMES,
+    *("tender", SHIFT),
+)
 
 
 @dataclass(eq=False)
@@ -103,17 +112,19 @@ def dense_rows() -> list[Contender]:
     return [ours, replace(ours, name="transformers", side="reference", timed="prefill")]
 
 
-def weight_only(model: LoadedModel, quick: bool) -> list[Contender]:
+def weight_only(model: LoadedModel, context: BenchContext) -> list[Contender]:
     """Every method that leaves activations to the engine."""
     found = []
     for bits in BITS:
         for method, configs in _methods(bits).items():
-            if not quick or method in _QUICK:
-                rival = "nf4, 4 bits" if bits == 4 and not quick else None
+            if context.takes(method, quick=method in _QUICK):
+                rival = "nf4, 4 bits" if bits == 4 else None
                 calibration = None if method == "rtn" else "self"
                 recipe = Recipe.for_model(model, *configs)
                 found.append(Contender(method, bits, recipe, calibration=calibration, rival=rival))
-    return found if quick else [*found, *_salient(model), *_bitsandbytes(model)]
+    if context.takes("salient", quick=False):
+        found += _salient(model)
+    return [*found, *(one for one in _bitsandbytes(model) if context.takes(one.method, quick=False))]
 
 
 def _methods(bits: int, text: CalibrationText = "self") -> dict[str, Sequence[MethodConfig]]:
@@ -171,13 +182,15 @@ def _bitsandbytes(model: LoadedModel) -> list[Contender]:
     return found
 
 
-def integer_activations(model: LoadedModel, quick: bool) -> list[Contender]:
+def integer_activations(model: LoadedModel, context: BenchContext) -> list[Contender]:
     """Everything that rounds activations too, with as many bits as the weights have; 8, and 4 where not quick."""
     found = []
-    for bits in _INTEGER_BITS[: 1 if quick else None]:
-        schemes = [scheme for scheme in _SCHEMES if not quick or scheme in _QUICK_SCHEMES]
+    shortened = context.quick and not context.only
+    for bits in _INTEGER_BITS[: 1 if shortened else None]:
+        schemes = [scheme for scheme in _SCHEMES if context.takes(scheme, quick=scheme in _QUICK_SCHEMES)]
         found += [_integer(model, scheme, bits) for scheme in schemes]
-        found += [_tender(model, scales, bits) for scales in _SCALES[: 1 if quick else None]]
+        if context.takes("tender"):
+            found += [_tender(model, scales, bits) for scales in _SCALES[: 1 if shortened else None]]
     return found
 
 

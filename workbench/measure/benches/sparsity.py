@@ -12,7 +12,7 @@ import numpy as np
 
 from workbench.measure.bench import BenchContext, Rows, bench
 from workbench.measure.benches.engine import bench_prompt, step_columns, time_in_turns
-from workbench.measure.benches.sparsity_methods import Contender, contenders, group_size, standard
+from workbench.measure.benches.sparsity_methods import METHODS, Contender, contenders, group_size, standard
 from workbench.measure.benches.sparsity_quality import measure_quality
 from workbench.measure.benches.sparsity_questions import KEYS, measure_answers
 from workbench.measure.measurement import evaluation_windows
@@ -53,6 +53,7 @@ Qualities = Mapping[Contender, QualityResult]  # on one text
         *KEYS,
         "note",
     ),
+    methods=METHODS,
 )
 def sparsity(context: BenchContext) -> Rows:
     """What leaving weights out costs and gains: heads and neurons by masks, and small inputs, token by token.

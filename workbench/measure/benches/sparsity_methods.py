@@ -24,6 +24,7 @@ ONE_SPARSITY = 0.5  # of what is shown at one sparsity alone: criteria, scopes, 
 QUICK_MASKED: dict[int, tuple[float, ...]] = {16: QUICK_SPARSITIES, 4: (0.5,)}  # of masks where quick, by width
 QUICK_TIMED = {"inputs": 0.4, "masks": 0.5}  # sparsities whose speed is measured where quick
 FIXED = ("random", "static", "magnitude", "oracle")  # their masks are not predicted
+METHODS = (*FIXED, "per-layer", "unified", "teal", "wina")
 _GROUP_SIZE = 64
 _OUTPUT_BITS = {16: 16, 4: 8}
 _EVERY = 8  # tokens from one decision to the next, of the scope "every"
@@ -32,6 +33,7 @@ QUICK_MASKS = PredictedSparsityConfig(width=64, epochs=10, tune_steps=60)
 MASKS = PredictedSparsityConfig(width=64, calibration_tokens=55296, tune_steps=240, aggregates=get_args(Criterion))
 QUICK_INPUTS = InputSparsityConfig(allocation_tokens=512)
 INPUTS = InputSparsityConfig()
+_HELD, _NOT_HELD = ", share held", ", thresholds of calibration"
 _CONTROL = "hybrid"  # how masks without a predictor spread their share over blocks
 
 
@@ -90,6 +92,7 @@ def contenders(model: LoadedModel, context: BenchContext) -> list[Contender]:
             found += _inputs(bits, models, sparsity, context.quick)
         if bits == WEIGHT_BITS[0] and not context.quick:
             found += _variants(bits, models)
+    found = [one for one in found if one.method == "dense" or context.takes(one.method)]
     for contender in found:
         contender.note = _why_not(contender)
         contender.timed &= not contender.note
@@ -101,18 +104,17 @@ def _models(model: LoadedModel, context: BenchContext) -> dict[int, Models]:
         return context.compress(model, Recipe.for_model(model, *methods), context.job)
 
     config, cuts = (QUICK_MASKS, QUICK_INPUTS) if context.quick else (MASKS, INPUTS)
-    configs = {
-        "unified": config,
-        "per-layer": config.model_copy(update={"predictor": "per-layer"}),
-    }
+    configs = {}
+    if any(context.takes(method) for method in ("unified", *FIXED)):  # fixed masks have its groups and mean scores
+        configs["unified"] = config
+    if context.takes("per-layer"):
+        configs["per-layer"] = config.model_copy(update={"predictor": "per-layer"})
+    by_criterion = {"teal": cuts, "wina": cuts.model_copy(update={"criterion": "weighted"})}
     found: dict[int, Models] = {}
     for bits in WEIGHT_BITS:
         stored = RtnConfig(bits=bits, group_size=_GROUP_SIZE, output_bits=_OUTPUT_BITS[bits])
         whole = made(stored)
-        inputs = {
-            "teal": made(stored, cuts),
-            "wina": made(stored, cuts.model_copy(update={"criterion": "weighted"})),
-        }
+        inputs = {name: made(stored, one) for name, one in by_criterion.items() if context.takes(name)}
         if not found:
             masks = {name: made(stored, one) for name, one in configs.items()}
         else:  # predictors are fitted on the dense model, so they are the same whatever its weights are stored in
@@ -146,9 +148,10 @@ def _moved(
 
 def _masks(bits: int, models: Models, sparsity: float, quick: bool) -> Iterator[Contender]:
     timed = not quick or sparsity == QUICK_TIMED["masks"]
-    for kind in FIXED:
-        yield _fixed(bits, models, sparsity, kind, timed=kind == "static" and sparsity == ONE_SPARSITY)
-    for name in ("per-layer", "unified"):
+    if "unified" in models.masks:
+        for kind in FIXED:
+            yield _fixed(bits, models, sparsity, kind, timed=kind == "static" and sparsity == ONE_SPARSITY)
+    for name in (name for name in ("per-layer", "unified") if name in models.masks):
         yield _predicted(bits, models, sparsity, name, timed=timed)
 
 
@@ -168,11 +171,18 @@ def _fixed(
 
 
 def _predicted(
-    bits: int, models: Models, sparsity: float, name: str, scope: str = "token", timed: bool = False
+    bits: int,
+    models: Models,
+    sparsity: float,
+    name: str,
+    scope: str = "token",
+    timed: bool = False,
+    hold: bool = True,
 ) -> Contender:
     made = models.masks[name]
-    asked: dict[str, Any] = {"kind": "predicted", "sparsity": sparsity}
-    variant = _settings(made)
+    hold &= scope != "reply"  # nothing moves what one decision is in force for
+    asked: dict[str, Any] = {"kind": "predicted", "sparsity": sparsity, "hold": hold}
+    variant = _settings(made) + (_HELD if hold else _NOT_HELD)
     if scope != "token":
         asked |= {"scope": scope, "n": _EVERY if scope == "every" else 1}
         variant += ", made for decisions at every token"
@@ -186,13 +196,17 @@ def _inputs(bits: int, models: Models, sparsity: float, quick: bool) -> Iterator
     timed = not quick or sparsity == QUICK_TIMED["inputs"]
     for name, made in models.inputs.items():
         config = made.recipe["methods"][-1]
-        asked = {"kind": "inputs", "sparsity": sparsity}
-        variant = f"{config['allocation']} shares of units, {config['calibration_tokens']} tokens"
+        asked = {"kind": "inputs", "sparsity": sparsity, "hold": True}
+        variant = f"{config['allocation']} shares of units, {config['calibration_tokens']} tokens{_HELD}"
         yield Contender(name, bits, sparsity, models.whole, made, asked, variant, config["criterion"], "token", timed)
 
 
 def _variants(bits: int, models: Models) -> Iterator[Contender]:
-    """Static masks by the other criteria, and the unified predictor deciding less often."""
+    """Static masks by the other criteria, predictors whose share is not held, the unified one deciding less often."""
+    for name in models.masks:
+        yield _predicted(bits, models, ONE_SPARSITY, name, hold=False)
+    if "unified" not in models.masks:
+        return
     known = str(_facts(models.masks["unified"])["criterion"])
     for criterion in get_args(Criterion):
         if criterion != known:  # that one is there at every sparsity

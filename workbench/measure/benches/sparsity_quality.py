@@ -16,7 +16,7 @@ from workbench.measure.bench import BenchContext
 from workbench.measure.benches.sparsity_methods import FIXED, Contender
 from workbench.measure.kept_quality import compare_kept
 from workbench.measure.quality import QualityResult
-from workbench.measure.sparse_plans import plan_key, sparse_plan, sparse_policy
+from workbench.measure.sparse_plans import plan_key, share_controller, sparse_plan, sparse_policy
 from workbench.models.base import LoadedModel
 from workbench.runtime import open_engine
 from workbench.runtime.base import Engine, StepTrace
@@ -26,6 +26,7 @@ from workbench.runtime.plan import Policy
 
 PREFIX = 64  # tokens of a window that masks leave whole; nothing that predicts them is counted, for any contender
 _AT_ONCE = 24  # contenders beside one dense pass: each holds logits of 128 positions
+_HELD = 32  # positions between two looks at a share that is held
 
 Replay = Callable[[Sequence[int]], list[dict[str, Any]]]
 
@@ -129,7 +130,10 @@ def masks_of(contender: Contender, truth: _Truth | None = None) -> Replay | np.n
 
 
 class Sparse:
-    """A contender as an engine: sets its policy before every chunk, for others share it, and adds up its trace."""
+    """A contender as an engine: sets its policy before every chunk, for others share it, and adds up its trace.
+
+    A share that is held is held over all windows: each chunk of one follows from those before.
+    """
 
     def __init__(self, contender: Contender, engine: Engine, masks: Replay | np.ndarray | None) -> None:
         self._engine, self._masks = engine, masks
@@ -137,8 +141,10 @@ class Sparse:
         self.plan, self.vocab_size = engine.plan, engine.vocab_size
         self.context_length, self.model = engine.context_length, engine.model
         self.isa = str(getattr(engine, "isa", ""))
-        moved = contender.asked is not None and masks is None
-        self._policy = sparse_policy(contender.tables, contender.asked) if moved and contender.asked else Policy()
+        self._policy, self._controller = Policy(), None
+        if contender.asked is not None and masks is None:
+            self._policy = sparse_policy(contender.tables, contender.asked)
+            self._controller = share_controller(contender.tables, contender.asked, first=PREFIX)
         self._weights = sum(linear.n_weights for linear in contender.whole.architecture.linears)
         self._left = list[float]()  # of each counted token
         self._read = list[int]()
@@ -162,16 +168,19 @@ class Sparse:
         self, tokens: Sequence[int], *, prompt_length: int = 1, chunk: int = 128
     ) -> Iterator[tuple[int, np.ndarray]]:
         """See ``Engine.log_probabilities``; the prefix is the prompt."""
-        trace = list[StepTrace]()
+        trace, held = list[StepTrace](), self._controller
+        chunk = chunk if held is None else min(chunk, _HELD)
         rows = self._engine.log_probabilities(
             tokens, prompt_length=PREFIX, chunk=chunk, replay=self._replay(tokens), trace=trace
         )
         while True:
-            self._engine.set_policy(self._policy)
+            self._engine.set_policy(self._policy if held is None else held.policy)
             trace.clear()
             found = next(rows, None)
             if found is None:
                 return
+            if held is not None:
+                held.observe(trace)
             for step in trace:
                 if PREFIX <= step.position < len(tokens) - 1:
                     self._left.append(1 - step.kept_weights)

@@ -19,7 +19,7 @@ from workbench.measure.benches import sparsity_methods
 from workbench.measure.benches.sparsity_methods import Contender, standard
 from workbench.measure.benches.sparsity_quality import engine_of, masks_of
 from workbench.measure.kept_quality import answer_kept
-from workbench.measure.sparse_plans import sparse_policy
+from workbench.measure.sparse_plans import share_controller, sparse_policy
 from workbench.measure.tasks import TaskResult, paired
 from workbench.models.base import LoadedModel
 from workbench.runtime import open_engine
@@ -84,7 +84,7 @@ class Answering:
         self.name, self.activation_mode, self.plan = engine.name, engine.activation_mode, engine.plan
         self.context_length, self.model = engine.context_length, engine.model
         self.isa = str(getattr(engine, "isa", ""))
-        self._policy, self._mask, self._predicted = Policy(), None, False
+        self._policy, self._mask, self._predicted, self._controller = Policy(), None, False, None
         self._left = list[float]()  # of each step that part of an answer is predicted from
         self.about: list[Any] = []
         if contender is None or contender.asked is None:
@@ -95,6 +95,7 @@ class Answering:
             self._mask = found
         else:
             self._policy = sparse_policy(contender.tables, contender.asked)
+            self._controller = share_controller(contender.tables, contender.asked, first=0)
             self._predicted = contender.asked["kind"] == "predicted"
         self.about = [contender.method, contender.sparsity, contender.criterion, contender.asked]
         self.about += [self._policy, self._mask]
@@ -106,27 +107,31 @@ class Answering:
     def score(self, tokens: Sequence[int], *, prompt_length: int = 1) -> np.ndarray:
         """Natural-log probability of ``tokens[1:]``, float32 (len - 1,): 0 of those that belong to the question."""
         begin = prompt_length - 1
-        trace, found = (self._stepped if self._predicted else self._in_one_pass)(tokens, begin)
-        self._left += [1 - step.kept_weights for step in trace[begin : len(tokens) - 1]]
+        policy = self._policy if self._controller is None else self._controller.policy
+        trace, found = (self._stepped if self._predicted else self._in_one_pass)(tokens, begin, policy)
+        counted = trace[begin : len(tokens) - 1]
+        self._left += [1 - step.kept_weights for step in counted]
+        if self._controller is not None:
+            self._controller.observe(counted)
         found[:begin] = 0
         return found
 
-    def _in_one_pass(self, tokens: Sequence[int], begin: int) -> tuple[list[StepTrace], np.ndarray]:
+    def _in_one_pass(self, tokens: Sequence[int], begin: int, policy: Policy) -> tuple[list[StepTrace], np.ndarray]:
         trace = list[StepTrace]()
-        self._engine.set_policy(self._policy)
+        self._engine.set_policy(policy)
         # All of it as the prompt, so that no pass is cut where a reply would begin: nothing here decides for one.
         recorded = self._recorded(len(tokens), begin)
         found = self._engine.score(tokens, prompt_length=len(tokens), replay=recorded, trace=trace)
         return trace, found.copy()
 
-    def _stepped(self, tokens: Sequence[int], begin: int) -> tuple[list[StepTrace], np.ndarray]:
+    def _stepped(self, tokens: Sequence[int], begin: int, policy: Policy) -> tuple[list[StepTrace], np.ndarray]:
         """Thresholds move where the question's last token begins, so what follows is fed token by token."""
         engine, found = self._engine, np.zeros(len(tokens) - 1, dtype=np.float32)
         sequence = engine.start()
         if begin:
             engine.set_policy(whole_policy(engine.plan))
             engine.prefill(sequence, tokens[:begin])
-        engine.set_policy(self._policy)
+        engine.set_policy(policy)
         for at in range(begin, len(tokens) - 1):
             (logits,) = engine.step([sequence], [tokens[at]]).astype(np.float64)
             highest = logits.max()
