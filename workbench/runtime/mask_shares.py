@@ -13,7 +13,7 @@ import numpy as np
 
 from workbench.errors import InputError, suggest
 from workbench.formats.mask_predictor import MaskGroup, MaskPredictor, mask_groups
-from workbench.formats.selectors import quantile, share_above
+from workbench.formats.selectors import quantile, quantile_levels, share_above
 from workbench.models.base import Architecture
 
 Allocation = Literal["local", "global", "hybrid", "joint"]
@@ -46,11 +46,14 @@ def mask_thresholds(
     floors = floors_of(groups, allocation)
     most = np.array([1 - floor / group.size for floor, group in zip(floors, groups, strict=True)])
 
-    def left_out(limits: np.ndarray) -> np.ndarray:
+    levels = quantile_levels(predictor.quantiles.shape[1])
+
+    def left_out(members: np.ndarray, limits: np.ndarray) -> np.ndarray:
         shares = [
-            1 - float(share_above(kept, np.asarray(cut))) for kept, cut in zip(predictor.quantiles, limits, strict=True)
+            np.interp(cut, predictor.quantiles[i], levels, left=0.0, right=1.0)
+            for i, cut in zip(members.tolist(), limits, strict=True)
         ]
-        return np.minimum(shares, most)
+        return np.minimum(shares, most[members])
 
     for members, wanted in _pools(architecture, groups, free, sparsity, allocation, heads):
         weights = np.array([groups[i].size * groups[i].weights for i in members], dtype=np.float64)
@@ -61,10 +64,10 @@ def mask_thresholds(
             continue
         ends = predictor.quantiles[members].astype(np.float64) * scale[members, None]
         low, high = float(ends.min()) - 1, float(ends.max()) + 1
-        for _ in range(80):
+        for _ in range(60):
             middle = (low + high) / 2
-            shares = left_out(np.where(np.isin(np.arange(len(groups)), members), middle / scale, _KEEP_ALL))
-            low, high = (middle, high) if weights @ shares[members] < wanted else (low, middle)
+            left = weights @ left_out(members, middle / scale[members])
+            low, high = (middle, high) if left < wanted else (low, middle)
         found[members] = high / scale[members]
     return found
 
