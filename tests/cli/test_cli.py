@@ -16,6 +16,7 @@ from typing import Any
 
 import pandas as pd
 import pytest
+from rich.console import Console
 
 from workbench.apply import nested, nested_tune
 from workbench.cli import console, main
@@ -247,6 +248,28 @@ def test_compress_says_what_was_asked_how_long_it_took_and_what_comes_next(
         "(asked for: 7 average bits)"
         in workbench("compress", tiny_folder, "--recipe", solved, "--out", folder, "--overwrite").out
     )
+
+
+def test_a_table_shows_the_columns_that_there_is_room_for(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = ["method", "bits", *(f"column_{i}" for i in range(12))]
+    frame = pd.DataFrame([[f"rtn {row}", row, *(row / 3 for _ in range(12))] for row in range(3)], columns=names)
+    monkeypatch.setattr(console, "out", Console(width=60, file=sys.stdout))
+    console.show_table("Bench", frame, rows=2, more="the file has them")
+    said = capsys.readouterr().out
+    assert max(map(len, said.splitlines()[:-1])) <= 60
+    for shown in ("method", "rtn 0", "rtn 1", "column_2", "0.3333", "... and 1 more"):
+        assert shown in said
+    assert "rtn 2" not in said
+    left = said[said.index("No room for") :].replace("\n", " ")
+    assert "No room for column_3, column_4, column_5, column_6, column_7, column_8 and 3 other columns" in left
+    assert "the file has them" in left
+    monkeypatch.setattr(console, "out", Console(width=400, file=sys.stdout))
+    console.show_table("Bench", frame)
+    said = capsys.readouterr().out
+    assert "column_11" in said
+    assert "No room" not in said
 
 
 def test_progress_in_a_log_is_said_now_and_then(

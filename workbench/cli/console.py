@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import signal
 import sys
@@ -60,16 +61,28 @@ def plain(value: Any) -> Any:
     return value if isinstance(value, str | int | float | bool | None) else str(value)
 
 
-def show_table(title: str, frame: pd.DataFrame, *, rows: int = 20) -> None:
-    """Print the first rows of a table, and how many more there are."""
+def show_table(title: str, frame: pd.DataFrame, *, rows: int = 20, more: str = "a wider terminal shows them") -> None:
+    """Print the first rows of a table, and how many more there are; of its columns, the first that there is room for.
+
+    ``more`` says where the others are seen.
+    """
+    cells = [[_cell(value) for value in row] for row in frame.head(rows).itertuples(index=False)]
+    names = [str(column) for column in frame.columns]
+    widths = [max([len(name), *(len(row[i]) for row in cells)]) for i, name in enumerate(names)]
+    # A rule and a space on either side of each; long words wrap.
+    needed = itertools.accumulate(min(width, _WIDEST) + 3 for width in widths)
+    fit = max(sum(total < out.width for total in needed), 1)
     table = Table(title=escape(title), title_justify="left", title_style="bold", header_style="bold")
-    for column in frame.columns:
-        table.add_column(escape(str(column)), justify="right" if frame[column].dtype.kind in "if" else "left")
-    for row in frame.head(rows).itertuples(index=False):
-        table.add_row(*[escape(_cell(value)) for value in row])
+    for name, (_, column) in list(zip(names, frame.items(), strict=True))[:fit]:
+        table.add_column(escape(name), justify="right" if column.dtype.kind in "if" else "left")
+    for row in cells:
+        table.add_row(*[escape(cell) for cell in row[:fit]])
     out.print(table)
     if len(frame) > rows:
         say(f"... and {len(frame) - rows} more")
+    if left := names[fit:]:
+        others = f" and {len(left) - _NAMED} other columns" if len(left) > _NAMED else ""
+        say(f"No room for {', '.join(left[:_NAMED])}{others}: {more}.")
 
 
 def show_facts(facts: Mapping[str, str]) -> None:
@@ -77,6 +90,10 @@ def show_facts(facts: Mapping[str, str]) -> None:
     width = max((len(name) for name in facts), default=0)
     for name, words in facts.items():
         say(f"{name:<{width}}  {words}")
+
+
+_WIDEST = 28  # of a column that others lie beside
+_NAMED = 6  # columns without room whose names are said
 
 
 def _cell(value: Any) -> str:

@@ -227,6 +227,14 @@ def report(
     console.say(f"Written: {target}")
 
 
+_NAMING = ("method", "bits")
+# Columns that are shown first, where not alike in all rows: there is room for few.
+_BENCH_COLUMNS = (
+    *("method", "bits", "activation_bits", "sparsity", "text", "ratio", "kl_mean", "ms_per_token", "speed_ratio"),
+    *("name", "effective_bits", "effective_sparsity", "variant"),
+)
+
+
 def bench(
     name: Annotated[str, typer.Argument(help="The bench; `workbench bench list` names them.")],
     json_file: Annotated[Path | None, typer.Option("--json", help="File for environment and rows.")] = None,
@@ -280,7 +288,11 @@ def bench(
             environment=result["environment"],
         )
     frame = pd.DataFrame(result["rows"]).dropna(axis="columns", how="all")
-    console.show_table(f"Bench {name}", frame, rows=100)
+    alike = [column for column in frame if len(frame) > 1 and column not in _NAMING and frame[column].nunique() == 1]
+    first = [column for column in _BENCH_COLUMNS if column in frame and column not in alike]
+    frame = frame.drop(columns=alike)
+    seen_in = "--json FILE writes them" if json_file is None else f"{json_file} has them"
+    console.show_table(f"Bench {name}", frame[[*first, *(c for c in frame if c not in first)]], rows=100, more=seen_in)
     if json_file is not None:
         console.say(f"Written: {json_file}")
 
