@@ -152,9 +152,11 @@ def test_weights_are_looked_up_in_the_table_of_their_row(
     if quiet:
         x[:, : width // 2] = 0  # whole words of channels are left out where a row is alone
     for bits in (*widths, 0):
-        expected = x.astype(np.float64) @ codes.dequantize(bits or codes.bits).double().numpy().T
+        weights = codes.dequantize(bits or codes.bits).double().numpy().T
         found = table_product(codes, x, bits, isa)
-        np.testing.assert_allclose(found, expected, atol=3e-6 * np.abs(expected).max() + 1e-6)
+        # Of what is summed, for a sum that nearly cancels is as uncertain as any other.
+        room = 5e-7 * (np.abs(x).astype(np.float64) @ np.abs(weights)) + 1e-6
+        assert (np.abs(found - x.astype(np.float64) @ weights) <= room).all()
 
 
 @pytest.mark.parametrize("isa", ISAS)

@@ -56,6 +56,7 @@ class InputSparsityConfig(MethodConfig):
 
     method: Literal["input-sparsity"] = "input-sparsity"
     stage: ClassVar[Stage] = "sparsity"
+    version: ClassVar[int] = 2
     criterion: Literal["magnitude", "weighted", "learnt"] = "magnitude"
     allocation: Literal["uniform", "greedy", "solved"] = "solved"
     targets: Annotated[tuple[float, ...] | None, AfterValidator(_targets)] = None
