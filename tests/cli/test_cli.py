@@ -263,7 +263,7 @@ def test_a_table_shows_the_columns_that_there_is_room_for(
         assert shown in said
     assert "rtn 2" not in said
     left = said[said.index("No room for") :].replace("\n", " ")
-    assert "No room for column_3, column_4, column_5, column_6, column_7, column_8 and 3 other columns" in left
+    assert "No room for column_3, column_4, column_5, column_6, column_7, column_8 and 3 more" in left
     assert "the file has them" in left
     monkeypatch.setattr(console, "out", Console(width=400, file=sys.stdout))
     console.show_table("Bench", frame)

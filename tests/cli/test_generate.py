@@ -162,9 +162,13 @@ def test_a_predicted_sparsity_is_held_when_generating(workbench: Command, masked
     assert by_scope["reply"].json["prefix"] == 0
     assert len({one.json["effective_sparsity"] for one in by_scope.values()}) == len(SCOPES)
     said = workbench("generate", masked, "Hello", "--new-tokens", "8", *asked[-3:], "--sparsity", "0.2")
-    assert "asked for after its first 4 tokens" in said.err
+    assert "(20% of the heads and neurons) asked for." in said.err
+    assert "after the first 4 tokens" not in said.err  # the reply lies after them
+    short = workbench("generate", masked, "Hi", "--raw", "--new-tokens", "8", *asked[-3:], "--sparsity", "0.2")
+    assert "after the first 4 tokens of the text, which stay whole" in short.err
+    assert "a sparsity of 0 was asked for" in workbench("generate", masked, *asked[-3:], "Hi", "--sparsity", "0").err
     said = workbench("generate", masked, "Hello", "--new-tokens", "8", *asked[-3:], "--sparsity", "0.2", "--no-hold")
-    assert "expected from held-out text after its first 4 tokens" in said.err
+    assert "(20% of the heads and neurons) expected from held-out text" in said.err
     held, free = (workbench("generate", masked, *asked, "--sparsity", "0.4", h).json for h in ("--hold", "--no-hold"))
     assert held == found[2] | {"ms_per_token": held["ms_per_token"], "deciding_share": held["deciding_share"]}
     assert (held["held"], free["held"]) == (True, False)

@@ -81,7 +81,7 @@ def show_table(title: str, frame: pd.DataFrame, *, rows: int = 20, more: str = "
     if len(frame) > rows:
         say(f"... and {len(frame) - rows} more")
     if left := names[fit:]:
-        others = f" and {len(left) - _NAMED} other columns" if len(left) > _NAMED else ""
+        others = f" and {len(left) - _NAMED} more" if len(left) > _NAMED else ""
         say(f"No room for {', '.join(left[:_NAMED])}{others}: {more}.")
 
 

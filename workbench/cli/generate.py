@@ -117,7 +117,7 @@ def generate(
         alone = sparsity is None  # these two go with a sparsity as well
         asked = {"--hold" if hold else "--no-hold": hold is not None and alone}
         asked |= {"--fail-safe": fail_safe and alone, "--log": log is not None and alone}
-        _require(asked, "--target", "the average bits to read at")
+        _require(asked, "--target or --sparsity", "the average bits to read at, or the share of the weights not to use")
     if sparsity is None:
         asked = {"--scope": scope is not None, "--important": important, "--guard": guard is not None}
         asked |= {"--log-features": log_features is not None}

@@ -91,11 +91,14 @@ def runs(
         console.show_json(found.to_dict(orient="records"))
         return
     if found.empty:
-        console.say("No runs yet: `workbench demo --out DIR` makes the first.")
+        console.say("No runs yet: `workbench demo`, `measure` and `bench` record what they measure.")
         return
-    wanted = ["id", "created_at", "kind", "name", "model", "compressed.effective_bits", "compressed.kl_mean"]
-    wanted += ["compressed.ms_per_token", "dense.ms_per_token", "compressed.weight_bytes"]
-    console.show_table("Runs", found[[column for column in wanted if column in found]], rows=limit)
+    found["created_at"] = [str(at)[:16] for at in found["created_at"]]  # to the minute, UTC
+    wanted = ["id", "created_at", "kind", "name", "compressed.kl_mean", "compressed.ms_per_token", "dense.ms_per_token"]
+    wanted += ["model", "compressed.effective_bits", "compressed.weight_bytes"]
+    shown = found[[column for column in wanted if column in found]]
+    short = {str(column): str(column).removeprefix("compressed.") for column in shown}
+    console.show_table("Runs", shown.rename(columns=short), rows=limit)
 
 
 def verify() -> None:

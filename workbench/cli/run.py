@@ -187,12 +187,20 @@ def measure(
         console.show_json(value)
         return
     show_sides(found.dense_row(), found.row(), found.latency.to_json(), found.notes)
-    console.show_table("By domain and language", found.quality.by_group)
-    if found.questions is not None:
-        before, after, flips = found.questions.dense, found.questions.candidate, found.questions.flips
+    before, after = found.dense_alone.energy, found.alone.energy
+    if before.joules_per_token is not None and after.joules_per_token is not None:
         console.say(
-            f"Questions: dense {before.accuracy_per_byte.value:.1%}, compressed {after.accuracy_per_byte.value:.1%} "
-            f"right of {flips.n_questions} (chance {before.chance:.0%}); {flips.changed} answered differently, "
+            f"Energy per token: {after.joules_per_token:.3g} J compressed, {before.joules_per_token:.3g} J dense "
+            f"({after.source})."
+        )
+    groups = found.quality.by_group
+    first = ["group", "n_windows", "kl_mean", "kl_mean_low", "kl_mean_high", "delta_nll"]
+    console.show_table("By domain and language", groups[[*first, *(c for c in groups if c not in first)]])
+    if found.questions is not None:
+        right, now, flips = found.questions.dense, found.questions.candidate, found.questions.flips
+        console.say(
+            f"Questions: dense {right.accuracy_per_byte.value:.1%}, compressed {now.accuracy_per_byte.value:.1%} "
+            f"right of {flips.n_questions} (chance {right.chance:.0%}); {flips.changed} answered differently, "
             f"{flips.lost} lost, {flips.gained} gained."
         )
     if few_shot is not None:
@@ -273,7 +281,7 @@ def bench(
             text=text,
             threads=threads,
             quick=quick,
-            only=[] if only is None else [part.strip() for part in only.split(",")],
+            only=[part.strip() for part in (only or "").split(",") if part.strip()],
             analyze=lambda analysis, inner: analyze(store, analysis, inner).profile,
             compress=lambda dense, recipe, inner: fitted(store, dense, recipe, inner),
             shelf=ProfileShelf(store, fresh),

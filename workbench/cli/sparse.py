@@ -105,13 +105,17 @@ class Sparse:
         found = 1 - sum(step.kept_weights for step in counted) / len(counted)
         if abs(found - self.wanted) <= _MISSED:
             return ""
-        fit = "fit it with more calibration_tokens"
+        why, fit = "this text is unlike the one that thresholds come from", "fit it with more calibration_tokens"
         if self.predictor is not None:
             fit = f"count such text with --log and run 'workbench retune', or {fit}"
+            made_for = str(self.predictor.facts["scope"])
+            if self.scope is not None and self.scope.kind != made_for:
+                why = f"thresholds were made for the scope '{made_for}'"
+                fit = f"take that, or fit the predictor with 'scope': '{self.scope.kind}'"
         where = "" if self.predictor is None or not self.prefix else f" after the first {self.prefix} tokens"
         return (
-            f"Warning: {found:.1%} of the blocks' weights were left out{where}, {self.wanted:.1%} was asked for: this "
-            f"text is unlike the one that thresholds come from; {fit}."
+            f"Warning: {found:.1%} of the blocks' weights were left out{where}, {self.wanted:.1%} was asked for: "
+            f"{why}; {fit}."
         )
 
     @property
@@ -150,6 +154,8 @@ class Sparse:
         if found is not None and found.dense_because:
             sure = f" ({found.confidence:.5f}, usual is {found.lowest:.5f} and more)" if found.unsure else ""
             return f"Nothing was left out, the request ran dense: {found.dense_because}{sure}."
+        if not self.asked:
+            return "Nothing was left out: a sparsity of 0 was asked for."
         held = self.controller is not None
         if self.predictor is None:
             aim = f"{self.wanted:.1%} asked for" if held else f"{self.expected:.1%} expected from the calibration text"
@@ -159,10 +165,17 @@ class Sparse:
         if len(steps) <= self.prefix:
             return f"Nothing was left out: the first {self.prefix} tokens stay whole, and this text has {len(steps)}."
         share = deciding_share(steps[prompt:])
-        time = "" if share is None else f"; choosing took {share:.1%} of its time (one run, no claim)"
-        whole = f" after its first {self.prefix} tokens, which stay whole" if self.prefix else ""
-        aim = f"{self.wanted:.1%} asked for" if held else f"{self.expected:.1%} expected from held-out text"
-        return f"{left_out:.1%} of the blocks' weights were not used by the reply; {aim}{whole}{time}."
+        time = "" if share is None else f" Choosing took {share:.1%} of its time (one run, no claim)."
+        of_all = f"({self.asked:.0%} of the heads and neurons)"
+        aim = f"{self.wanted:.1%} {of_all} asked for"
+        if not held:
+            aim = f"{self.expected:.1%} {of_all} expected from held-out text"
+        masked = [step for step in steps[prompt:] if step.position >= self.prefix]
+        after = ""
+        if len(masked) < len(steps[prompt:]) and masked:  # part of the reply lies in the prefix
+            later = 1 - sum(step.kept_weights for step in masked) / len(masked)
+            after = f", {later:.1%} after the first {self.prefix} tokens of the text, which stay whole"
+        return f"{left_out:.1%} of the blocks' weights were not used by the reply{after}; {aim}.{time}"
 
 
 def deciding_share(steps: Sequence[StepTrace]) -> float | None:

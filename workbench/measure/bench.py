@@ -137,8 +137,8 @@ def check_methods(chosen: Bench, only: Sequence[str]) -> None:
     for method in only:
         if method not in chosen.methods:
             raise InputError(
-                f"The bench '{chosen.name}' has no method '{method}'; it has {', '.join(chosen.methods)}."
-                + suggest(method, chosen.methods)
+                f"The bench '{chosen.name}' has no method '{method}' to choose; it has {', '.join(chosen.methods)}. "
+                "Dense weights are always measured." + suggest(method, chosen.methods)
             )
 
 

@@ -86,6 +86,8 @@ def measure(
 
     name_of_model, dense_sizes, sizes = model.name, Sizes.of_dense(model), Sizes.of_compressed(candidate)
     fit_seconds = candidate.fit_seconds
+    sparse = candidate.mask_predictor is not None or candidate.input_cuts is not None
+    whole = "All weights were used; `workbench bench sparsity` measures what leaving some out costs." if sparse else ""
     # The dense model is bf16 on disk. An engine that streams it so is timed so; the reference for quality is fp32.
     dense_dtype = "bfloat16" if name == "cpu" else "float32"
     sides = [
@@ -112,7 +114,7 @@ def measure(
         fit_seconds=fit_seconds,
         bandwidth=bandwidth,
         environment=environment(),
-        notes=tuple(note for note in (quality.note, latency.note, alone[1].energy.note, no_bandwidth) if note),
+        notes=tuple(note for note in (whole, quality.note, latency.note, alone[1].energy.note, no_bandwidth) if note),
     )
 
 
