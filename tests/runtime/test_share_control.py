@@ -151,6 +151,13 @@ def test_replies_are_held_and_dense_ones_are_not(made: CompressedModel) -> None:
         first = 1 if made.mask_predictor is None else 8
         assert controller.realised == pytest.approx(left_out(sequence.trace, first), abs=1e-6)
         assert controller.realised == pytest.approx(controller.target, abs=0.06)
+        free = opened.start()
+        opened.prefill(free, TEXT[:60])  # thresholds are the plan's own again
+        fresh = open_engine(made, engine="cpu", plan=plan_of(made))
+        expected = fresh.start()
+        fresh.prefill(expected, TEXT[:60])
+        fresh.close()
+        assert [step.kept_weights for step in free.trace] == [step.kept_weights for step in expected.trace]
         if made.mask_predictor is not None:
             other = controller_of(made)
             dense, _, _ = guarded_reply(opened, None, TEXT[:40], 20, controller=other, important=True)

@@ -201,7 +201,8 @@ def guarded_reply(
         log: what the request is added to, with every decision that was looked at (none of a sequence that runs dense);
             taps are then read all along, which takes time. With a watch alone.
         features: where a sample of its tokens goes if it runs dense, and what takes it.
-        controller: moves thresholds while the request runs, unless it runs dense.
+        controller: moves the engine's thresholds, those of all its sequences, while the request runs; not where it
+            runs dense.
 
     Returns:
         The sequence, its new tokens, and what is known of the prompt.
@@ -213,8 +214,10 @@ def guarded_reply(
         held = None if controller is None else Held(engine, sequence, controller)
         between = None if held is None else held.look
         if watch is None:
-            reply = engine.generate(sequence, prompt, new_tokens, on_token=held, between=between, **options)
-            _ended(held)
+            try:
+                reply = engine.generate(sequence, prompt, new_tokens, on_token=held, between=between, **options)
+            finally:
+                _ended(engine, held)
             return sequence, reply, Verdict()
         reader = PromptReader(watch, log, functools.partial(_decided, engine, len(prompt)))
         found: list[Verdict] = []
@@ -239,13 +242,13 @@ def guarded_reply(
         try:
             reply = engine.generate(sequence, prompt, new_tokens, on_token=on_token, between=between, **options)
             look()
-            _ended(held)
             _counted(log, sequence, len(prompt), found[0])
             return sequence, reply, found[0]
         except _Dense:
             verdict = found[0]
         finally:
             engine.set_tap(None)
+            _ended(engine, held)
     engine.set_policy(Policy(values=dict.fromkeys(engine.plan.slots, 1.0)))
     sequence = engine.start(seed=seed)
     engine.set_policy(Policy())
@@ -261,9 +264,11 @@ def guarded_reply(
     return sequence, reply, verdict
 
 
-def _ended(held: Held | None) -> None:
+def _ended(engine: Engine, held: Held | None) -> None:
+    """Let the controller see the last tokens; thresholds are the plan's own again."""
     if held is not None:
         held.finish()
+        engine.set_policy(Policy())
 
 
 def _decided(engine: Engine, prompt: int, positions: np.ndarray) -> np.ndarray:
