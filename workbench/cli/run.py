@@ -23,6 +23,10 @@ from workbench.files import check_folder, check_output_file, write_json
 from workbench.progress import duration
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import pandas as pd
+
     from workbench.formats.compressed import CompressedModel
     from workbench.progress import Job
 
@@ -193,9 +197,8 @@ def measure(
             f"Energy per token: {after.joules_per_token:.3g} J compressed, {before.joules_per_token:.3g} J dense "
             f"({after.source})."
         )
-    groups = found.quality.by_group
     first = ["group", "n_windows", "kl_mean", "kl_mean_low", "kl_mean_high", "delta_nll"]
-    console.show_table("By domain and language", groups[[*first, *(c for c in groups if c not in first)]])
+    console.show_table("By domain and language", _ahead(found.quality.by_group, first))
     if found.questions is not None:
         right, now, flips = found.questions.dense, found.questions.candidate, found.questions.flips
         console.say(
@@ -297,12 +300,17 @@ def bench(
         )
     frame = pd.DataFrame(result["rows"]).dropna(axis="columns", how="all")
     alike = [column for column in frame if len(frame) > 1 and column not in _NAMING and frame[column].nunique() == 1]
-    first = [column for column in _BENCH_COLUMNS if column in frame and column not in alike]
-    frame = frame.drop(columns=alike)
+    frame = _ahead(frame.drop(columns=alike), _BENCH_COLUMNS)
     seen_in = "--json FILE writes them" if json_file is None else f"{json_file} has them"
-    console.show_table(f"Bench {name}", frame[[*first, *(c for c in frame if c not in first)]], rows=100, more=seen_in)
+    console.show_table(f"Bench {name}", frame, rows=100, more=seen_in)
     if json_file is not None:
         console.say(f"Written: {json_file}")
+
+
+def _ahead(frame: pd.DataFrame, columns: Sequence[str]) -> pd.DataFrame:
+    """The table with those of ``columns`` that it has before its others."""
+    first = [column for column in columns if column in frame]
+    return frame[[*first, *(column for column in frame if column not in first)]]
 
 
 def show_sides(dense: dict[str, Any], compressed: dict[str, Any], latency: dict[str, Any], notes: Any) -> None:
