@@ -7,8 +7,9 @@
 namespace wb {
 namespace {
 
-// Asks for the runs of a row's channels in the order they lie in memory, up to a block ahead of the one in use. The
-// lines are spread over the work: more at once than the processor keeps track of would make it wait.
+// Asks for the runs of a row's channels in the order they lie in memory, up to a block ahead of the one in use: what is
+// further ahead has left the second cache again where runs are long. The lines are spread over the work: more at once
+// than the processor keeps track of would make it wait.
 template <class V>
 class Ahead {
  public:
@@ -18,7 +19,7 @@ class Ahead {
     run_lines_ = (static_cast<int>(part.stride) + 63) / 64 + (part.stride % 64 != 0);
     enter(0);
   }
-  // Lines to ask for at each of `steps`, while a block is in use, to have asked for the one after the next.
+  // Lines to ask for at each of `steps`, while a block is in use, to have asked for the next.
   int per_step(int block, int steps) const {
     const int next = std::min(block + 1, blocks_ - 1);
     const int lines = (a_.starts[next + 1] - a_.starts[next]) * 4 * run_lines_ + static_cast<int>(part_.header) / 64;
@@ -28,7 +29,7 @@ class Ahead {
     while (block_ <= block && block_ < blocks_) line();
   }
   void lines(int n, int block) {
-    for (; n > 0 && block_ <= block + 2 && block_ < blocks_; --n) line();
+    for (; n > 0 && block_ <= block + 1 && block_ < blocks_; --n) line();
   }
 
  private:

@@ -38,7 +38,7 @@ def patched() -> Any:
         patch.setattr(sparsity_methods, "QUICK_SPARSITIES", SPARSITIES)
         patch.setattr(sparsity_methods, "QUICK_MASKED", {16: SPARSITIES, 4: (0.3,)})
         patch.setattr(sparsity_methods, "ONE_SPARSITY", 0.3)
-        patch.setattr(sparsity_methods, "QUICK_TIMED", {"inputs": 0.3, "masks": 0.3})
+        patch.setattr(sparsity_methods, "QUICK_TIMED", {"inputs": (0.3,), "masks": (0.3,)})
         patch.setattr(sparsity_methods, "_GROUP_SIZE", 48)
         patch.setattr(sparsity_methods, "_EVERY", 4)
         few = InputSparsityConfig(calibration_tokens=1024, allocation_tokens=256)

@@ -13,11 +13,12 @@ from workbench.runtime.plan import Plan
 
 # From what share of inputs left out on columns are faster, by the bytes of a channel that one thread reads side by side
 # (its run): a line that is asked for by itself takes up to twice the time of one in a stream, and a run begins and ends
-# within lines. With runs shorter than these, reading all of them was faster at every share up to 0.7. Where columns and
-# tiles of one kind of unit took equally long in steps of SmolLM2-135M (docs/notes/sparsity.md), the higher of two
-# machines': 4 bits: gate_up 0.45 (runs of 1536 bytes with one thread, 768 with two), qkv 0.6 (480), o and down (288)
-# not below 0.75; bf16: gate_up 0.3 (6144, 3072), qkv and down 0.7 (1920, 1152).
-_BREAK_EVEN = {4: ((512, 0.45), (384, 0.6)), 16: ((2048, 0.35), (1024, 0.7))}
+# within lines. Measured in runs of steps of one engine at a time (docs/notes/sparsity.md): steps of another one between
+# them leave the prefetchers set for streams, which fetch the gaps. The later of one and two threads, of SmolLM2-135M (4
+# bits: gate_up 0.32 with runs of 768 and 1536 bytes, qkv 0.45 with 480 and 0.5 with 240, o and down 0.6 with 288 and
+# not below 0.75 with 144; bf16: gate_up 0.25, the others, beside it, 0.38) and of blocks of 2048 channels (4 bits:
+# gate_up 0.3, o and down 0.2; bf16: 0.2).
+_BREAK_EVEN = {4: ((512, 0.32), (384, 0.45), (224, 0.65)), 16: ((2048, 0.25), (512, 0.38))}
 _BITS = 4  # of group codes that are laid out so: two channels' codes of other widths do not share bytes
 
 

@@ -22,7 +22,7 @@ SPARSITIES: tuple[float, ...] = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7)
 QUICK_SPARSITIES: tuple[float, ...] = (0.3, 0.4, 0.5)
 ONE_SPARSITY = 0.5  # of what is shown at one sparsity alone: criteria, scopes, the speed of a fixed mask
 QUICK_MASKED: dict[int, tuple[float, ...]] = {16: QUICK_SPARSITIES, 4: (0.5,)}  # of masks where quick, by width
-QUICK_TIMED = {"inputs": 0.4, "masks": 0.5}  # sparsities whose speed is measured where quick
+QUICK_TIMED = {"inputs": (0.4, 0.5), "masks": (0.5,)}  # sparsities whose speed is measured where quick
 FIXED = ("random", "static", "magnitude", "oracle")  # their masks are not predicted
 METHODS = (*FIXED, "per-layer", "unified", "teal", "wina")
 _GROUP_SIZE = 64
@@ -147,7 +147,7 @@ def _moved(
 
 
 def _masks(bits: int, models: Models, sparsity: float, quick: bool) -> Iterator[Contender]:
-    timed = not quick or sparsity == QUICK_TIMED["masks"]
+    timed = not quick or sparsity in QUICK_TIMED["masks"]
     if "unified" in models.masks:
         for kind in FIXED:
             yield _fixed(bits, models, sparsity, kind, timed=kind == "static" and sparsity == ONE_SPARSITY)
@@ -193,7 +193,7 @@ def _predicted(
 
 
 def _inputs(bits: int, models: Models, sparsity: float, quick: bool) -> Iterator[Contender]:
-    timed = not quick or sparsity == QUICK_TIMED["inputs"]
+    timed = not quick or sparsity in QUICK_TIMED["inputs"]
     for name, made in models.inputs.items():
         config = made.recipe["methods"][-1]
         asked = {"kind": "inputs", "sparsity": sparsity, "hold": True}

@@ -16,7 +16,7 @@ from workbench.measure.bench import BenchContext
 from workbench.measure.benches.sparsity_methods import FIXED, Contender
 from workbench.measure.kept_quality import compare_kept
 from workbench.measure.quality import QualityResult
-from workbench.measure.sparse_plans import plan_key, share_controller, sparse_plan, sparse_policy
+from workbench.measure.sparse_plans import layout_key, share_controller, sparse_plan, sparse_policy
 from workbench.models.base import LoadedModel
 from workbench.runtime import open_engine
 from workbench.runtime.base import Engine, StepTrace
@@ -83,7 +83,8 @@ def engine_of(
 
     Args:
         contender: to run.
-        opened: engines with one prefix, to which this one is added; the caller closes them.
+        opened: engines with one prefix, to which this one is added; the caller closes them. Weights lie as those whose
+            speed is measured, so that ``read_bits`` are theirs.
         context: of the bench.
         prefix: tokens that masks leave whole; None for those of quality.
     """
@@ -92,7 +93,7 @@ def engine_of(
     if contender.method in FIXED:
         key += ("fixed",)
     elif asked is not None:
-        key += (contender.method, plan_key(asked))
+        key += (contender.method, layout_key(asked))
     if key not in opened:
         plan = None
         if asked is not None:
