@@ -182,10 +182,36 @@ def test_a_share_beyond_the_tables_stays_at_their_end(made: CompressedModel) -> 
         controller.observe([StepTrace(100 + at, 0, 0.0, 0, kept_weights=1.0)])
     highest = controller.asked
     assert SPARSITY < highest <= 0.9
-    policy_of(made, highest)  # no error: tables have it
+    if made.input_cuts is None:
+        policy_of(made, highest)  # no error: tables have it
+    else:  # what nobody may ask for, and what holds the highest of their targets where it must
+        assert made.input_cuts.highest < highest
     for at in range(2000):
         controller.observe([StepTrace(300 + at, 0, 0.0, 0, kept_weights=0.0)])
     assert controller.asked == pytest.approx(SPARSITY / 3)
+
+
+def test_the_highest_target_of_inputs_is_held_too(make_model: Callable[..., LoadedModel]) -> None:
+    model = make_model()
+    cuts = InputSparsityConfig(allocation="uniform", calibration_tokens=1024, targets=(0.4,), protected=(0,))
+    found = compress(model, Recipe.for_model(model, RtnConfig(bits=8, group_size=16), cuts)).input_cuts
+    assert found is not None
+    smaller = replace(found, quantiles=found.quantiles / np.float32(1.6))  # thresholds leave out too little
+    controller = ShareController(model.architecture, smaller, 0.4)
+    opened = open_engine(model, engine="cpu", plan=input_plan(model.architecture, smaller, 0.4))
+    try:
+        free, held = opened.start(), opened.start()
+        opened.prefill(free, TEXT)
+        watch = Held(opened, held, controller)
+        opened.prefill(held, TEXT, between=watch.look)
+        watch.finish()
+    finally:
+        opened.close()
+    assert left_out(free.trace, 1) < 0.35
+    assert controller.realised == pytest.approx(0.4, abs=0.02)
+    assert controller.asked > 0.4
+    for slot in (f"cut.{unit.id}" for unit in model.architecture.units if unit.block == 0):
+        assert controller.policy.thresholds[slot] == (0.0,)  # what is protected stays whole
 
 
 def test_nothing_is_held_at_no_sparsity(made: CompressedModel) -> None:

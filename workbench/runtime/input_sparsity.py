@@ -73,31 +73,41 @@ def input_policy(architecture: Architecture, cuts: InputCuts, sparsity: float) -
     return Policy(thresholds=input_thresholds(architecture, cuts, sparsity))
 
 
-def input_thresholds(architecture: Architecture, cuts: InputCuts, sparsity: float) -> dict[str, tuple[float, ...]]:
-    """One threshold of |x_i| f_i by slot. Arguments and errors as ``input_plan``."""
-    shares = input_shares(cuts, sparsity)
+def input_thresholds(
+    architecture: Architecture, cuts: InputCuts, sparsity: float, *, beyond: bool = False
+) -> dict[str, tuple[float, ...]]:
+    """One threshold of |x_i| f_i by slot. Arguments and errors as ``input_plan`` and ``input_shares``."""
+    shares = input_shares(cuts, sparsity, beyond=beyond)
     return {
         _slot(unit): (threshold(cuts.quantiles[index], float(shares[index])),)
         for index, unit in enumerate(architecture.units)
     }
 
 
-def input_shares(cuts: InputCuts, sparsity: float) -> np.ndarray:
+def input_shares(cuts: InputCuts, sparsity: float, *, beyond: bool = False) -> np.ndarray:
     """Share of its inputs that each unit leaves out, float64 (units,): on the straight line between two targets.
 
     Weighted by the units' weights shares are linear in the sparsity, so they add up to it there too.
 
+    Args:
+        cuts: tables of the model.
+        sparsity: 0 to ``cuts.highest``.
+        beyond: go on up to 1, on the line from the highest target to units that leave out everything, but for those
+            that leave out nothing there. For who holds a share on text that leaves out less than calibration's
+            (``share_control``).
+
     Raises:
         InputError: a sparsity beyond the tables.
     """
-    if not 0 <= sparsity <= cuts.highest + 1e-6:  # targets are float32
+    if not 0 <= sparsity <= (1.0 if beyond else cuts.highest + 1e-6):  # targets are float32
         raise InputError(
             f"A sparsity of {sparsity:g} is not possible with this model: give 0 to {cuts.highest:g}, or compress it "
             "with higher 'targets' of 'input-sparsity'."
         )
-    at = np.concatenate([[0.0], cuts.targets.astype(np.float64)])
-    rows = np.vstack([np.zeros(cuts.shares.shape[1]), cuts.shares.astype(np.float64)])
-    return np.array([np.interp(sparsity, at, rows[:, unit]) for unit in range(rows.shape[1])])
+    n_units = cuts.shares.shape[1]
+    at = np.concatenate([[0.0], cuts.targets.astype(np.float64), [1.0]])
+    rows = np.vstack([np.zeros(n_units), cuts.shares.astype(np.float64), cuts.shares[-1] > 0])
+    return np.array([np.interp(sparsity, at, rows[:, unit]) for unit in range(n_units)])
 
 
 def expected_sparsity(architecture: Architecture, cuts: InputCuts, thresholds: Mapping[str, Sequence[float]]) -> float:

@@ -60,7 +60,8 @@ class ShareController:
             made_with, highest = int(tables.facts["prefix"]), highest_sparsity(architecture, tables, **options)
             self.target = sparsity * total_weights(architecture) / whole
         else:
-            made_with, highest, self.target = int(tables.first), tables.highest, sparsity
+            # Beyond the highest target, so that it too is held where text leaves out less than calibration's.
+            made_with, highest, self.target = int(tables.first), (1 + tables.highest) / 2, sparsity
         self._first = made_with if first is None else first
         self._grid = np.linspace(sparsity / _FACTOR, max(min(sparsity * _FACTOR, highest), sparsity), _GRID)
         made = []
@@ -69,7 +70,7 @@ class ShareController:
                 found = mask_thresholds(architecture, tables, float(asked), **options)
                 made.append((slot_thresholds(tables, found), expected_left_out(architecture, tables, found)))
             else:
-                cuts = input_thresholds(architecture, tables, float(asked))
+                cuts = input_thresholds(architecture, tables, float(asked), beyond=bool(asked > sparsity))
                 made.append((cuts, expected_sparsity(architecture, tables, cuts)))
         self._slots = {slot: np.array([thresholds[slot] for thresholds, _ in made]) for slot in made[0][0]}
         self._expected = np.maximum.accumulate([expected for _, expected in made])
