@@ -76,6 +76,22 @@ def left_out(steps: Sequence[StepTrace], first: int) -> float:
     return float(np.mean([1 - step.kept_weights for step in steps if step.position >= first]))
 
 
+def free_and_held(
+    model: LoadedModel | CompressedModel, plan: Plan, controller: ShareController, engine: str = "cpu"
+) -> tuple[Sequence[StepTrace], Sequence[StepTrace]]:
+    """Steps of ``TEXT`` under the plan's own thresholds, and under the controller's."""
+    opened = open_engine(model, engine=engine, plan=plan)
+    try:
+        free, held = opened.start(), opened.start()
+        opened.prefill(free, TEXT)
+        watch = Held(opened, held, controller)
+        opened.prefill(held, TEXT, between=watch.look)
+        watch.finish()
+    finally:
+        opened.close()
+    return free.trace, held.trace
+
+
 @pytest.mark.parametrize("slope", [0.4, 0.7, 1.5])
 def test_an_average_comes_to_its_target_whatever_calibration_predicts(slope: float) -> None:
     follower, expected = Follower(0.3), 0.3
@@ -109,20 +125,11 @@ def test_it_begins_with_the_thresholds_of_calibration(made: CompressedModel) -> 
 @pytest.mark.parametrize("engine", ["reference", "cpu"])
 def test_a_share_is_held(made: CompressedModel, engine: str) -> None:
     controller = controller_of(made)
-    opened = open_engine(made, engine=engine, plan=plan_of(made))
-    try:
-        free = opened.start()
-        opened.prefill(free, TEXT)
-        held = opened.start()
-        watch = Held(opened, held, controller)
-        opened.prefill(held, TEXT, between=watch.look)
-        watch.finish()
-    finally:
-        opened.close()
+    free, held = free_and_held(made, plan_of(made), controller, engine)
     first = 1 if made.mask_predictor is None else 8
-    off = left_out(free.trace, first) - controller.target
+    off = left_out(free, first) - controller.target
     assert abs(off) > 0.05  # of thresholds of calibration
-    assert controller.realised == pytest.approx(left_out(held.trace, first), abs=1e-6)
+    assert controller.realised == pytest.approx(left_out(held, first), abs=1e-6)
     assert abs(controller.realised - controller.target) < min(abs(off) / 3, 0.03)
 
 
@@ -198,20 +205,15 @@ def test_the_highest_target_of_inputs_is_held_too(make_model: Callable[..., Load
     assert found is not None
     smaller = replace(found, quantiles=found.quantiles / np.float32(1.6))  # thresholds leave out too little
     controller = ShareController(model.architecture, smaller, 0.4)
-    opened = open_engine(model, engine="cpu", plan=input_plan(model.architecture, smaller, 0.4))
-    try:
-        free, held = opened.start(), opened.start()
-        opened.prefill(free, TEXT)
-        watch = Held(opened, held, controller)
-        opened.prefill(held, TEXT, between=watch.look)
-        watch.finish()
-    finally:
-        opened.close()
-    assert left_out(free.trace, 1) < 0.35
+    free, _ = free_and_held(model, input_plan(model.architecture, smaller, 0.4), controller)
+    assert left_out(free, 1) < 0.35
     assert controller.realised == pytest.approx(0.4, abs=0.02)
     assert controller.asked > 0.4
     for slot in (f"cut.{unit.id}" for unit in model.architecture.units if unit.block == 0):
         assert controller.policy.thresholds[slot] == (0.0,)  # what is protected stays whole
+    for asked in (0.401, 0.41, 0.6):  # nobody may ask for what lies beyond it
+        with pytest.raises(InputError, match="not possible"):
+            ShareController(model.architecture, smaller, asked)
 
 
 def test_nothing_is_held_at_no_sparsity(made: CompressedModel) -> None:

@@ -17,7 +17,7 @@ from workbench.formats.mask_predictor import MaskPredictor
 from workbench.models.base import Architecture
 from workbench.runtime.base import StepTrace
 from workbench.runtime.holding import Follower
-from workbench.runtime.input_sparsity import expected_sparsity, input_thresholds
+from workbench.runtime.input_sparsity import expected_sparsity, input_shares, input_thresholds
 from workbench.runtime.mask_shares import expected_left_out, highest_sparsity, mask_thresholds, total_weights
 from workbench.runtime.masks import slot_thresholds
 from workbench.runtime.plan import Policy
@@ -60,6 +60,7 @@ class ShareController:
             made_with, highest = int(tables.facts["prefix"]), highest_sparsity(architecture, tables, **options)
             self.target = sparsity * total_weights(architecture) / whole
         else:
+            input_shares(tables, sparsity)  # refuses what may not be asked for
             # Beyond the highest target, so that it too is held where text leaves out less than calibration's.
             made_with, highest, self.target = int(tables.first), (1 + tables.highest) / 2, sparsity
         self._first = made_with if first is None else first
@@ -70,7 +71,7 @@ class ShareController:
                 found = mask_thresholds(architecture, tables, float(asked), **options)
                 made.append((slot_thresholds(tables, found), expected_left_out(architecture, tables, found)))
             else:
-                cuts = input_thresholds(architecture, tables, float(asked), beyond=bool(asked > sparsity))
+                cuts = input_thresholds(architecture, tables, float(asked), beyond=True)
                 made.append((cuts, expected_sparsity(architecture, tables, cuts)))
         self._slots = {slot: np.array([thresholds[slot] for thresholds, _ in made]) for slot in made[0][0]}
         self._expected = np.maximum.accumulate([expected for _, expected in made])
