@@ -115,11 +115,13 @@ def test_a_sparsity_is_held_when_generating(workbench: Command, sparse: Path, dy
     assert "sparsity" not in plain
     said = ("generate", sparse, "Hello", "--new-tokens", "8", "--engine", "reference", "--sparsity", "0.3")
     assert "30.0% asked for." in workbench(*said).err
+    assert "with --sparsity" in workbench(*said[:-2]).err
     free = workbench(*said, "--no-hold")
     assert "30.0% expected from the calibration text" in free.err
     for model, arguments, message in (
         (sparse, ("--sparsity", "0.7"), "give 0 to 0.6"),
-        (sparse, ("--sparsity", "-0.1"), "give 0 to 0.6"),
+        (sparse, ("--sparsity", "-0.1"), "give a share from 0 to below 1"),
+        (Path("nowhere"), ("--sparsity", "1.5"), "give a share from 0 to below 1"),  # before anything is read
         (sparse, ("--sparsity", "0.3", "--width", "3"), "neither --width nor --target"),
         (sparse, ("--sparsity", "0.3", "--target", "3"), "neither --width nor --target"),
         (sparse, ("--hold",), "--target"),

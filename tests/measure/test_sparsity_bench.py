@@ -15,7 +15,7 @@ from workbench.corpus import Window, questions
 from workbench.errors import InputError
 from workbench.measure.bench import BenchContext, run_bench
 from workbench.measure.benches import engine, sparsity, sparsity_methods, sparsity_quality, sparsity_questions
-from workbench.measure.sparse_plans import layout_key, plan_key, sparse_plan, sparse_policy
+from workbench.measure.sparse_plans import layout_key, sparse_plan, sparse_policy
 from workbench.models import LoadedModel, load
 from workbench.runtime import open_engine
 from workbench.runtime.base import StepTrace
@@ -44,6 +44,10 @@ def patched() -> Any:
         few = InputSparsityConfig(calibration_tokens=1024, allocation_tokens=256)
         patch.setattr(sparsity_methods, "INPUTS", few)
         patch.setattr(sparsity_methods, "QUICK_INPUTS", few)
+        learnt = sparsity_methods.LEARNT.model_copy(
+            update={"calibration_tokens": 1024, "allocation_tokens": 256, "learning_steps": 4, "learning_tokens": 256}
+        )
+        patch.setattr(sparsity_methods, "QUICK_LEARNT", learnt)
         # Not tuned: sixty steps on the few sampled words of a random model hold no share on other text.
         short = sparsity_methods.QUICK_MASKS.model_copy(update=small | {"tune_steps": 0})
         patch.setattr(sparsity_methods, "QUICK_MASKS", short)
@@ -83,6 +87,8 @@ def test_every_method_is_there_on_both_weights(rows: list[dict[str, Any]], quick
             here = {(r["method"], r["sparsity"]) for r in found if r["weight_bits"] == bits}
             masked = (0.3,) if found is quick and bits == 4 else asked
             wanted = {(m, s) for m in METHODS for s in (asked if m in ("teal", "wina") else masked)}
+            if found is rows:
+                wanted |= {("per-layer-published", s) for s in asked}
             assert here == {("dense", 0.0), *wanted}
     assert {r["text"] for r in quick} == {"pydoc"}
     assert {r["text"] for r in rows if not r["note"]} == {"prose", "pydoc"}
@@ -112,8 +118,37 @@ def test_methods_can_be_measured_alone(model_folder: Path, patched: Any) -> None
         return sorted({(r["method"], r["weight_bits"]) for r in found})
 
     assert run("teal") == [("dense", 4), ("dense", 16), ("teal", 4), ("teal", 16)]
+    assert run("learnt") == [("dense", 4), ("dense", 16), ("learnt", 4)]
+    published = "per-layer-published"
+    assert run(published) == [("dense", 4), ("dense", 16), (published, 4), (published, 16)]
     with pytest.raises(InputError, match="no method 'teel'"):
         run("teel")
+
+
+def test_what_is_learnt_has_a_row_for_each_teacher(model_folder: Path, patched: Any) -> None:
+    found = run_bench("sparsity", model=str(model_folder), text="pydoc", threads=1, quick=True, only=("learnt",))
+    here = [r for r in found["rows"] if r["method"] == "learnt"]
+    assert [r["sparsity"] for r in here] == [0.4, 0.4]
+    assert [r["variant"].split(" in ")[0] for r in here] == [
+        "learnt from the same weights whole",
+        "learnt from the dense model",
+    ]
+    assert here[0]["perplexity"] != here[1]["perplexity"]
+    assert all(r["speed_ratio"] > 0 for r in here)
+
+
+@pytest.mark.parametrize("at_once", [1, 2, 5, 100])
+def test_no_more_engines_are_open_than_memory_holds(listed: list[sparsity_methods.Contender], at_once: int) -> None:
+    able = [c for c in listed if not c.note]
+    parts = list(sparsity_quality._batches(able, at_once))
+    assert sorted(map(id, (c for part in parts for c in part))) == sorted(map(id, able))
+    assert max(len({sparsity_quality.engine_key(c) for c in part}) for part in parts) <= at_once
+    timed = [c for c in able if c.timed]
+    together = list(sparsity._together(timed, at_once))
+    assert {id(c) for part in together for c in part} == {id(c) for c in timed}
+    for part in together:
+        assert len({sparsity_quality.engine_key(c) for c in part}) <= max(2, at_once)  # and the weights whole
+        assert {c.bits for c in part} == {c.bits for c in part if c.method == "dense"}
 
 
 def test_only_what_is_predicted_after_the_prefix_counts(quick: list[dict[str, Any]]) -> None:
@@ -152,12 +187,17 @@ def test_columns_follow_from_one_another(rows: list[dict[str, Any]], quick: list
             name: chosen(quick, name, entry["sparsity"], entry["weight_bits"])
             for name in ("random", "static", "per-layer")
         }
+        assert entry["to_per_layer_published"] is None  # quick leaves it out
         for name, other in others.items():
             column = f"to_{name.replace('-', '_')}"
             assert entry[column] == pytest.approx(entry["kl_mean"] - other["kl_mean"], abs=1e-9)
             assert entry[f"{column}_low"] <= entry[column] <= entry[f"{column}_high"]
         assert entry["rival"] == min(others, key=lambda name: others[name]["kl_mean"])
         assert entry["to_rival"] == entry[f"to_{entry['rival'].replace('-', '_')}"]
+    for entry in [r for r in rows if r["method"] == "unified" and r["sparsity"] == 0.1 and r["text"] == "prose"]:
+        other = chosen(rows, "per-layer-published", 0.1, entry["weight_bits"])
+        assert other["variant"].startswith("as published: ")
+        assert entry["to_per_layer_published"] == pytest.approx(entry["kl_mean"] - other["kl_mean"], abs=1e-9)
     oracle, random = (chosen(rows, name, 0.3)["kl_mean"] for name in ("oracle", "random"))
     assert oracle < random
 
@@ -185,7 +225,7 @@ def test_speed_is_measured_against_the_same_weights_whole(quick: list[dict[str, 
 def test_what_is_timed_is_laid_out_for_its_sparsity() -> None:
     inputs = [{"kind": "inputs", "sparsity": sparsity, "prefix": 5} for sparsity in (0.3, 0.5)]
     assert layout_key(inputs[0]) != layout_key(inputs[1])
-    assert plan_key(inputs[0]) == plan_key(inputs[1])
+    assert layout_key(inputs[0]) == layout_key({**inputs[0], "hold": True})  # the controller's matter alone
     masks = [{"kind": "predicted", "sparsity": sparsity} for sparsity in (0.3, 0.7, 0.8)]
     assert layout_key(masks[0]) == layout_key(masks[1]) != layout_key(masks[2])
 
@@ -292,6 +332,7 @@ def test_all_that_could_choose_while_writing_answer_questions(
         wanted |= {("dense", 0.0, bits) for bits in (16, 4)}
         if found is rows:
             wanted |= {(m, 0.7, bits) for m in ("teal", "wina") for bits in (16, 4)}
+            wanted |= {("per-layer-published", s, bits) for s in sparsities for bits in (16, 4)}
         assert {(r["method"], r["sparsity"], r["weight_bits"]) for r in here} == wanted
         assert {r["questions"] for r in here} == {count}
         assert all(r["scope"] in (None, "none", "token") for r in here)

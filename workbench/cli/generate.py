@@ -111,6 +111,8 @@ def generate(
         raise InputError("The prompt is empty: say what to ask.")
     if target is not None and width is not None:
         raise InputError("--width and --target exclude each other: one width for all tokens, or a choice at each.")
+    if sparsity is not None and not 0 <= sparsity < 1:
+        raise InputError(f"A sparsity of {sparsity:g} is not possible: give a share from 0 to below 1, such as 0.4.")
     if sparsity is not None and (width is not None or target is not None):
         raise InputError("--sparsity goes with neither --width nor --target: a model decides on widths or on sparsity.")
     if target is None:
@@ -193,6 +195,8 @@ def generate(
         console.tell(f"Read at {read:.3f} bits on average, prompt included; asked for {target:g}.")
         if warning:
             console.tell(warning)
+    if sparse is None and _may_leave_out(model):
+        console.tell("Nothing was left out: this model can leave weights out, with --sparsity 0.4 for 40 %.")
     if sparse is not None:
         for line in sparse.said(sequence.trace, len(ids)):
             console.tell(line)
@@ -391,6 +395,17 @@ def _watched(
     parts = compressed.architecture
     controller = PrecisionController(parts, compressed.selectors, target, hold=hold, fail_safe=fail_safe)
     return Watched(engine, sequence, parts, controller, log)
+
+
+def _may_leave_out(model: str) -> bool:
+    """Whether this is a compressed model that can leave weights out."""
+    from workbench.formats.folder import MANIFEST, is_compressed
+    from workbench.formats.manifest import read
+
+    if not is_compressed(model):
+        return False
+    methods = read(Path(model) / MANIFEST).recipe["methods"]
+    return bool(methods) and methods[-1]["method"] in ("input-sparsity", "predicted-sparsity")
 
 
 def _at_width(model: str, width: int | None, engine: str, threads: int | None, job: Job, device: str) -> Engine:

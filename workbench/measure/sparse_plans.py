@@ -20,8 +20,6 @@ from workbench.runtime.masks import mask_plan, mask_policy
 from workbench.runtime.plan import Plan, Policy, Scope
 from workbench.runtime.share_control import ShareController
 
-_MOVED = ("inputs", "predicted")  # by thresholds alone: one plan serves all sparsities
-
 
 def sparse_plan(model: CompressedModel, asked: Mapping[str, Any]) -> Plan:
     """The plan, for a model with the tables that it needs.
@@ -45,7 +43,7 @@ def sparse_plan(model: CompressedModel, asked: Mapping[str, Any]) -> Plan:
 
 
 def sparse_policy(model: CompressedModel, asked: Mapping[str, Any]) -> Policy:
-    """What an engine that runs a plan of the same ``plan_key`` is set to."""
+    """What an engine that runs a plan of the same ``layout_key`` is set to."""
     if asked["kind"] == "inputs":
         return input_policy(model.architecture, _cuts(model), asked["sparsity"])
     if asked["kind"] == "predicted":
@@ -69,22 +67,14 @@ def share_controller(
     return ShareController(model.architecture, _predictor(model), asked["sparsity"], first=first, allocation=allocation)
 
 
-def plan_key(asked: Mapping[str, Any]) -> tuple[Any, ...]:
-    """What is alike where one engine can serve, moved by its policy; not for timing, which ``layout_key`` is for.
-
-    Its outputs are those of one opened for each, but for the blocks in which int8 activations are rounded.
-    """
-    return tuple(sorted((k, v) for k, v in asked.items() if k != "sparsity" or asked["kind"] not in _MOVED))
-
-
 def layout_key(asked: Mapping[str, Any]) -> tuple[Any, ...]:
-    """What is alike where one engine serves as fast as one opened for each: weights are laid out for a plan's sparsity.
+    """What is alike where one engine, moved by its policy, serves as fast as one opened for each.
 
-    Those of predicted masks lie alike up to 80 % of the neurons left out (``runtime.cpu_build``).
+    Weights are laid out for a plan's sparsity: inputs for each its own, predicted masks alike up to 80 % of the neurons
+    left out (``runtime.cpu_build``). Whether a share is held is the controller's matter alone.
     """
-    if asked["kind"] == "inputs" or asked["sparsity"] >= 0.8:
-        return (*plan_key(asked), asked["sparsity"])
-    return plan_key(asked)
+    moved = asked["kind"] == "predicted" and asked["sparsity"] < 0.8
+    return tuple(sorted((k, v) for k, v in asked.items() if k != "hold" and not (moved and k == "sparsity")))
 
 
 def _cuts(model: CompressedModel) -> InputCuts:

@@ -13,7 +13,7 @@ import numpy as np
 
 from workbench.errors import InputError, suggest
 from workbench.formats.mask_predictor import MaskGroup, MaskPredictor, mask_groups
-from workbench.formats.selectors import quantile, quantile_levels, share_above
+from workbench.formats.selectors import quantile, share_above
 from workbench.models.base import Architecture
 
 Allocation = Literal["local", "global", "hybrid", "joint"]
@@ -46,13 +46,9 @@ def mask_thresholds(
     floors = floors_of(groups, allocation)
     most = np.array([1 - floor / group.size for floor, group in zip(floors, groups, strict=True)])
 
-    levels = quantile_levels(predictor.quantiles.shape[1])
-
     def left_out(members: np.ndarray, limits: np.ndarray) -> np.ndarray:
-        shares = [
-            np.interp(cut, predictor.quantiles[i], levels, left=0.0, right=1.0)
-            for i, cut in zip(members.tolist(), limits, strict=True)
-        ]
+        cuts = zip(members.tolist(), limits, strict=True)
+        shares = [1 - float(share_above(predictor.quantiles[i], cut)) for i, cut in cuts]
         return np.minimum(shares, most[members])
 
     for members, wanted in _pools(architecture, groups, free, sparsity, allocation, heads):
@@ -171,12 +167,13 @@ def highest_sparsity(
     """The most that ``mask_thresholds`` can be asked for with these options."""
     groups = predictor_groups(architecture, predictor)
     free = _free(architecture, groups, protected)
-    low, high = 0.0, 1.0
-    for _ in range(40):
-        middle = (low + high) / 2
-        pools = _wanted(architecture, groups, free, middle, allocation_of(predictor, allocation), heads)
-        low, high = (middle, high) if all(wanted <= room for _, wanted, room in pools) else (low, middle)
-    return low
+    # What each pool should leave out lies on a straight line in the sparsity: two points of it say where it is full.
+    allocation = allocation_of(predictor, allocation)
+    none, half = (_wanted(architecture, groups, free, at, allocation, heads) for at in (0.0, 0.5))
+    pairs = [(start, 2 * (middle - start), room) for (_, start, room), (_, middle, _) in zip(none, half, strict=True)]
+    if any(start > room for start, _, room in pairs):
+        return 0.0
+    return min(max(0.0, (room - start) / slope) for start, slope, room in pairs if slope > 0)
 
 
 def _pools(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,10 @@ import numpy as np
 from workbench.measure.bench import BenchContext, Rows, bench
 from workbench.measure.benches.engine import bench_prompt, step_columns, time_in_turns
 from workbench.measure.benches.sparsity_methods import METHODS, Contender, contenders, group_size, standard
-from workbench.measure.benches.sparsity_quality import measure_quality
+from workbench.measure.benches.sparsity_quality import engine_key, measure_quality
 from workbench.measure.benches.sparsity_questions import KEYS, measure_answers
 from workbench.measure.measurement import evaluation_windows
+from workbench.measure.memory import engines_at_once
 from workbench.measure.quality import QualityResult, compare_candidates
 from workbench.measure.result import Sizes, quality_columns
 from workbench.measure.rows import row
@@ -26,7 +27,7 @@ from workbench.models.base import LoadedModel
 TEXTS = ("prose", "pydoc")
 _WINDOWS, _QUICK_WINDOWS = (40, 256), (40, 96)  # how many, and their tokens, those of the prefix included
 _SPEED, _QUICK_SPEED = (3, 128), (1, 32)  # prompts read by each, and tokens decoded a round
-_RIVALS = ("random", "static", "per-layer")  # of "unified"
+_RIVALS = ("random", "static", "per-layer", "per-layer-published")  # of "unified"
 
 Qualities = Mapping[Contender, QualityResult]  # on one text
 
@@ -60,10 +61,13 @@ def sparsity(context: BenchContext) -> Rows:
 
     On weights of 16 bits and of 4 (round-to-nearest): whole (``dense``); heads and neurons masked at ``random``, by
     mean scores over calibration text (``static``, ``magnitude``), by true scores (``oracle``, which no causal choice
-    can know), by a predictor in every block (``per-layer``) or one for all (``unified``, ShadowLLM); inputs left out by
-    size (``teal``) and by size times norm of the column (``wina``). ``criterion`` is what they go by, ``scope`` how
-    often is decided. Where not quick, also static masks by all criteria, and rarer decisions, at one sparsity;
-    quick, 4-bit weights are masked at one sparsity alone.
+    can know), by a predictor in every block (``per-layer``) or one for all (``unified``, ShadowLLM), both tuned through
+    the model; inputs left out by size (``teal``) and by size times norm of the column (``wina``). ``criterion`` is what
+    they go by, ``scope`` how often is decided. Where not quick, also a predictor in every block trained on scores
+    alone, as DejaVu's are (``per-layer-published``), static masks by all criteria, and rarer decisions, at one
+    sparsity; quick, 4-bit weights are masked at one sparsity alone. Inputs by thresholds that are ``learnt`` for one
+    share of 4-bit weights, from these weights whole and from the dense model, only where ``--only`` names them: the fit
+    takes hours on a CPU.
 
     ``sparsity`` is asked for: of the weights of heads and neurons (keys and values apart) by masks, of all weights by
     inputs. ``effective_sparsity`` is the share of all weights of the blocks' linears that steps did not use;
@@ -165,22 +169,46 @@ def _interval(name: str, found: Interval) -> dict[str, float]:
 def _measure_speed(
     model: LoadedModel, listed: Sequence[Contender], context: BenchContext
 ) -> dict[Contender, dict[str, Any]]:
-    """Decoding of everything that is timed, in turns in one process."""
-    timed = [contender for contender in listed if contender.timed]
-    prompt = bench_prompt(model)
+    """Decoding of everything that is timed, in turns in one process, or in as few as memory allows."""
+    found: dict[Contender, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as folder:
         sources: dict[int, str] = {}  # by the model's identity in this process
-        sides: list[dict[str, Any]] = []
-        for contender in timed:
-            made = contender.whole if contender.asked is None else contender.tables
-            if id(made) not in sources:
-                sources[id(made)] = str(made.folder or made.save(Path(folder) / str(len(sources))))
-            side = {"engine": "cpu", "source": sources[id(made)], "dtype": "float32", "bits": None}
-            # Masks from the first token of the reply on: the prompt is shorter than the prefix of quality.
-            sparse = None if contender.asked is None else {**contender.asked, "prefix": len(prompt)}
-            sides.append(side | {"sparse": sparse})
-        prefills, new_tokens = _QUICK_SPEED if context.quick else _SPEED
-        answer = time_in_turns(sides, prompt, context, prefill_repeats=prefills, new_tokens=new_tokens)
+        for part in _together([one for one in listed if one.timed], engines_at_once(model.n_parameters)):
+            for made in (one.whole if one.asked is None else one.tables for one in part):
+                if id(made) not in sources:
+                    sources[id(made)] = str(made.folder or made.save(Path(folder) / str(len(sources))))
+            found |= {
+                one: columns for one, columns in _timed(model, part, sources, context).items() if one not in found
+            }
+    return found
+
+
+def _together(timed: Sequence[Contender], at_once: int) -> Iterator[Sequence[Contender]]:
+    """What is timed in one process: all, or parts with the weights whole in each."""
+    if len({engine_key(one) for one in timed}) <= at_once:
+        yield timed
+        return
+    for bits in dict.fromkeys(one.bits for one in timed):
+        whole, *others = [one for one in timed if one.bits == bits]
+        size = max(1, at_once - 1)
+        for begin in range(0, max(1, len(others)), size):
+            yield [whole, *others[begin : begin + size]]
+
+
+def _timed(
+    model: LoadedModel, timed: Sequence[Contender], sources: Mapping[int, str], context: BenchContext
+) -> dict[Contender, dict[str, Any]]:
+    """Columns of contenders that are timed in one process."""
+    prompt = bench_prompt(model)
+    sides: list[dict[str, Any]] = []
+    for contender in timed:
+        made = contender.whole if contender.asked is None else contender.tables
+        side = {"engine": "cpu", "source": sources[id(made)], "dtype": "float32", "bits": None}
+        # Masks from the first token of the reply on: the prompt is shorter than the prefix of quality.
+        sparse = None if contender.asked is None else {**contender.asked, "prefix": len(prompt)}
+        sides.append(side | {"sparse": sparse})
+    prefills, new_tokens = _QUICK_SPEED if context.quick else _SPEED
+    answer = time_in_turns(sides, prompt, context, prefill_repeats=prefills, new_tokens=new_tokens)
     side_of = dict(zip(timed, answer["sides"], strict=True))
     steps = {one: np.array([np.median(run["step_s"]) for run in side["runs"]]) for one, side in side_of.items()}
     bandwidth = max(answer["bandwidth"])

@@ -24,7 +24,8 @@ ONE_SPARSITY = 0.5  # of what is shown at one sparsity alone: criteria, scopes, 
 QUICK_MASKED: dict[int, tuple[float, ...]] = {16: QUICK_SPARSITIES, 4: (0.5,)}  # of masks where quick, by width
 QUICK_TIMED = {"inputs": (0.4, 0.5), "masks": (0.5,)}  # sparsities whose speed is measured where quick
 FIXED = ("random", "static", "magnitude", "oracle")  # their masks are not predicted
-METHODS = (*FIXED, "per-layer", "unified", "teal", "wina")
+PREDICTED = ("per-layer", "per-layer-published", "unified")
+METHODS = (*FIXED, *PREDICTED, "teal", "wina", "learnt")
 _GROUP_SIZE = 64
 _OUTPUT_BITS = {16: 16, 4: 8}
 _EVERY = 8  # tokens from one decision to the next, of the scope "every"
@@ -33,6 +34,12 @@ QUICK_MASKS = PredictedSparsityConfig(width=64, epochs=10, tune_steps=60)
 MASKS = PredictedSparsityConfig(width=64, calibration_tokens=55296, tune_steps=240, aggregates=get_args(Criterion))
 QUICK_INPUTS = InputSparsityConfig(allocation_tokens=512)
 INPUTS = InputSparsityConfig()
+# Learnt for one share, to the same weights whole and to the dense model. Hours on a CPU, so only where asked for.
+LEARNT_SPARSITY = 0.4
+LEARNT = InputSparsityConfig(
+    criterion="learnt", targets=(LEARNT_SPARSITY,), calibration_tokens=82944, learning_steps=360
+)
+QUICK_LEARNT = InputSparsityConfig(criterion="learnt", targets=(LEARNT_SPARSITY,), allocation_tokens=512)
 _HELD, _NOT_HELD = ", share held", ", thresholds of calibration"
 _CONTROL = "hybrid"  # how masks without a predictor spread their share over blocks
 
@@ -77,8 +84,9 @@ class Models:
     """Weights of one width, whole and with each kind of table."""
 
     whole: CompressedModel
-    masks: Mapping[str, CompressedModel]  # by "unified" and "per-layer"
+    masks: Mapping[str, CompressedModel]  # by name in ``PREDICTED``
     inputs: Mapping[str, CompressedModel]  # by "teal" and "wina"
+    learnt: Sequence[CompressedModel]
 
 
 def contenders(model: LoadedModel, context: BenchContext) -> list[Contender]:
@@ -90,6 +98,7 @@ def contenders(model: LoadedModel, context: BenchContext) -> list[Contender]:
             if not context.quick or sparsity in QUICK_MASKED[bits]:
                 found += _masks(bits, models, sparsity, context.quick)
             found += _inputs(bits, models, sparsity, context.quick)
+        found += (_left_out("learnt", bits, LEARNT_SPARSITY, models.whole, made, True) for made in models.learnt)
         if bits == WEIGHT_BITS[0] and not context.quick:
             found += _variants(bits, models)
     found = [one for one in found if one.method == "dense" or context.takes(one.method)]
@@ -109,6 +118,10 @@ def _models(model: LoadedModel, context: BenchContext) -> dict[int, Models]:
         configs["unified"] = config
     if context.takes("per-layer"):
         configs["per-layer"] = config.model_copy(update={"predictor": "per-layer"})
+    if context.takes("per-layer-published", quick=False):  # as DejaVu trains its own
+        configs["per-layer-published"] = config.model_copy(update={"predictor": "per-layer", "tune_steps": 0})
+    learnt = QUICK_LEARNT if context.quick else LEARNT
+    teachers: Any = get_args(InputSparsityConfig.model_fields["teacher"].annotation) if "learnt" in context.only else ()
     by_criterion = {"teal": cuts, "wina": cuts.model_copy(update={"criterion": "weighted"})}
     found: dict[int, Models] = {}
     for bits in WEIGHT_BITS:
@@ -122,7 +135,9 @@ def _models(model: LoadedModel, context: BenchContext) -> dict[int, Models]:
             masks = {
                 name: _moved(model, first.masks[name], first.whole, whole, stored, one) for name, one in configs.items()
             }
-        found[bits] = Models(whole, masks, inputs)
+        # Without rounding the two teachers are one, so there is nothing to tell apart.
+        by_teacher = [made(stored, learnt.model_copy(update={"teacher": one})) for one in teachers if bits < 16]
+        found[bits] = Models(whole, masks, inputs, by_teacher)
     return found
 
 
@@ -151,7 +166,7 @@ def _masks(bits: int, models: Models, sparsity: float, quick: bool) -> Iterator[
     if "unified" in models.masks:
         for kind in FIXED:
             yield _fixed(bits, models, sparsity, kind, timed=kind == "static" and sparsity == ONE_SPARSITY)
-    for name in (name for name in ("per-layer", "unified") if name in models.masks):
+    for name in (name for name in PREDICTED if name in models.masks):
         yield _predicted(bits, models, sparsity, name, timed=timed)
 
 
@@ -195,16 +210,26 @@ def _predicted(
 def _inputs(bits: int, models: Models, sparsity: float, quick: bool) -> Iterator[Contender]:
     timed = not quick or sparsity in QUICK_TIMED["inputs"]
     for name, made in models.inputs.items():
-        config = made.recipe["methods"][-1]
-        asked = {"kind": "inputs", "sparsity": sparsity, "hold": True}
-        variant = f"{config['allocation']} shares of units, {config['calibration_tokens']} tokens{_HELD}"
-        yield Contender(name, bits, sparsity, models.whole, made, asked, variant, config["criterion"], "token", timed)
+        yield _left_out(name, bits, sparsity, models.whole, made, timed)
+
+
+def _left_out(
+    name: str, bits: int, sparsity: float, whole: CompressedModel, made: CompressedModel, timed: bool
+) -> Contender:
+    config = made.recipe["methods"][-1]
+    asked = {"kind": "inputs", "sparsity": sparsity, "hold": True}
+    variant = f"{config['allocation']} shares of units, {config['calibration_tokens']} tokens{_HELD}"
+    if config["criterion"] == "learnt":
+        teacher = {"compressed": "the same weights whole", "dense": "the dense model"}[config["teacher"]]
+        variant = f"learnt from {teacher} in {config['learning_steps']} steps, from {variant}"
+    return Contender(name, bits, sparsity, whole, made, asked, variant, config["criterion"], "token", timed)
 
 
 def _variants(bits: int, models: Models) -> Iterator[Contender]:
     """Static masks by the other criteria, predictors whose share is not held, the unified one deciding less often."""
-    for name in models.masks:
-        yield _predicted(bits, models, ONE_SPARSITY, name, hold=False)
+    for name in models.masks:  # published ones have not learnt to leave out less where text is hard
+        if name != "per-layer-published":
+            yield _predicted(bits, models, ONE_SPARSITY, name, hold=False)
     if "unified" not in models.masks:
         return
     known = str(_facts(models.masks["unified"])["criterion"])
@@ -222,7 +247,8 @@ def _facts(made: CompressedModel) -> Mapping[str, Any]:
 
 def _settings(made: CompressedModel) -> str:
     config = made.recipe["methods"][-1]
-    told = f"width {config['width']}, {config['calibration_tokens']} tokens, {config['epochs']} epochs"
+    told = "as published: " if config["predictor"] == "per-layer" and not config["tune_steps"] else ""
+    told += f"width {config['width']}, {config['calibration_tokens']} tokens, {config['epochs']} epochs"
     return told + (f", tuned for {config['tune_steps']} steps" if config["tune_steps"] else "")
 
 

@@ -15,6 +15,7 @@ from workbench.formats.mask_predictor import MaskPredictor
 from workbench.measure.bench import BenchContext
 from workbench.measure.benches.sparsity_methods import FIXED, Contender
 from workbench.measure.kept_quality import compare_kept
+from workbench.measure.memory import engines_at_once
 from workbench.measure.quality import QualityResult
 from workbench.measure.sparse_plans import layout_key, share_controller, sparse_plan, sparse_policy
 from workbench.models.base import LoadedModel
@@ -47,7 +48,7 @@ def measure_quality(
     dense = open_engine(model, threads=context.threads, activation_mode="fp32")
     truth = _Truth(model)
     try:
-        for part in _batches(able):
+        for part in _batches(able, engines_at_once(model.n_parameters)):
             opened: dict[tuple[Any, ...], Engine] = {}
             try:
                 engines: list[Any] = [
@@ -66,14 +67,31 @@ def measure_quality(
     return found
 
 
-def _batches(able: Sequence[Contender]) -> Iterator[Sequence[Contender]]:
+def _batches(able: Sequence[Contender], at_once: int) -> Iterator[Sequence[Contender]]:
     """Oracles together, so that a window's true scores are measured once; the rest by the weights that engines hold."""
     groups = [[c for c in able if c.method == "oracle"]]
     for bits in dict.fromkeys(c.bits for c in able):
         groups.append([c for c in able if c.bits == bits and c.method != "oracle"])
     for group in groups:
-        for begin in range(0, len(group), _AT_ONCE):
-            yield group[begin : begin + _AT_ONCE]
+        part, keys = list[Contender](), set[Any]()
+        for one in group:
+            key = engine_key(one)
+            if len(part) == _AT_ONCE or (key not in keys and len(keys) == at_once):
+                yield part
+                part, keys = [], set()
+            part.append(one)
+            keys.add(key)
+        if part:
+            yield part
+
+
+def engine_key(contender: Contender) -> tuple[Any, ...]:
+    """Contenders of the same are run by one engine: they differ in policy or recorded masks alone."""
+    if contender.method in FIXED:
+        return (contender.bits, "fixed")
+    if contender.asked is None:
+        return (contender.bits,)
+    return (contender.bits, id(contender.tables), layout_key(contender.asked))
 
 
 def engine_of(
@@ -89,11 +107,7 @@ def engine_of(
         prefix: tokens that masks leave whole; None for those of quality.
     """
     asked = contender.asked
-    key: tuple[Any, ...] = (contender.bits,)
-    if contender.method in FIXED:
-        key += ("fixed",)
-    elif asked is not None:
-        key += (contender.method, layout_key(asked))
+    key = engine_key(contender)
     if key not in opened:
         plan = None
         if asked is not None:

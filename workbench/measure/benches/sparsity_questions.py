@@ -17,7 +17,7 @@ from workbench.corpus import questions
 from workbench.measure.bench import BenchContext
 from workbench.measure.benches import sparsity_methods
 from workbench.measure.benches.sparsity_methods import Contender, standard
-from workbench.measure.benches.sparsity_quality import engine_of, masks_of
+from workbench.measure.benches.sparsity_quality import engine_key, engine_of, masks_of
 from workbench.measure.kept_quality import answer_kept
 from workbench.measure.sparse_plans import share_controller, sparse_policy
 from workbench.measure.tasks import TaskResult, paired
@@ -64,10 +64,10 @@ def measure_answers(
     finally:
         dense.close()
     answers: dict[Contender, TaskResult] = {}
-    for bits in dict.fromkeys(one.bits for one in able):
+    for key in dict.fromkeys(engine_key(one) for one in able):
         opened: dict[tuple[Any, ...], Engine] = {}
         try:
-            for one in (one for one in able if one.bits == bits):
+            for one in (one for one in able if engine_key(one) == key):
                 side = Answering(engine_of(one, opened, context, prefix=0), one)
                 answers[one] = answer_kept(context.shelf, side, asked, about=side.about, job=context.job)
         finally:
