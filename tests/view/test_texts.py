@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from workbench.view.panels import side_by_side
 from workbench.view.texts import Generation, Span, differences, marked_html, pieces
 
 
@@ -48,3 +50,10 @@ def test_marks_escape() -> None:
 def test_same_until_counts_shared_pieces() -> None:
     assert Generation("p", ("a", "b", "c"), ("a", "b", "x")).same_until == 2
     assert Generation("p", ("a",), ("a", "b")).same_until == 1
+
+
+@pytest.mark.parametrize("reply", [(), ("\n", "  \n")])
+def test_an_empty_reply_is_said(reply: tuple[str, ...]) -> None:
+    shown = side_by_side((Generation("p", ("Hello",), reply),))
+    assert shown.count("(nothing that can be seen)") == 1
+    assert "Hello" in shown

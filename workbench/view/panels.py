@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from workbench.view.controller import State
 from workbench.view.loop import Trial
 from workbench.view.plots import speed_sentence
 from workbench.view.sitting import SittingState
-from workbench.view.texts import Generation, differences, marked_html
+from workbench.view.texts import Generation, Span, differences, marked_html
 
 # JupyterLab's own colours, so that light and dark themes both read well; the second value is for other front ends.
 STYLE = """<style>
@@ -143,11 +144,17 @@ def side_by_side(generations: tuple[Generation, ...], other: str = "compressed")
         left, right = differences(generation.dense, generation.compressed)
         blocks.append(
             f'<div class="wb-prompt">{escape(generation.prompt)}</div><div class="wb-pair">'
-            f'<div><div class="wb-note">dense</div><div class="wb-reply">{marked_html(left)}</div></div>'
+            f'<div><div class="wb-note">dense</div><div class="wb-reply">{_reply(left)}</div></div>'
             f'<div><div class="wb-note">{escape(other)}</div>'
-            f'<div class="wb-reply">{marked_html(right)}</div></div></div>'
+            f'<div class="wb-reply">{_reply(right)}</div></div></div>'
         )
     return panel("".join(blocks))
+
+
+def _reply(spans: Sequence[Span]) -> str:
+    """A reply with what differs marked; an empty box would look as if it were still to come."""
+    seen = any(span.text.strip() for span in spans)
+    return marked_html(spans) if seen else '<span class="wb-note">(nothing that can be seen)</span>'
 
 
 def size(count: int) -> str:
