@@ -353,7 +353,7 @@ nb::tuple trace_row(const Sequence& sequence, std::size_t i) {
   for (const auto& mask : row.masks) masks.append(mask_array(mask));
   return nb::make_tuple(row.position, row.token, row.seconds, row.read_bytes, row.touched_bytes,
                         nb::make_tuple(row.parts[0], row.parts[1], row.parts[2], row.parts[3], row.parts[4]), row.values, masks, row.integers.clamped,
-                        row.integers.beyond, row.kept_weights);
+                        row.integers.beyond, row.kept_weights, row.pass_weights);
 }
 
 wb::Decider decider_at(const std::string& tap, int block, const std::string& scope, int every, float initial, double bytes) {

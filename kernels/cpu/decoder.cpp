@@ -396,7 +396,11 @@ void Decoder::run(const std::vector<Feed>& feeds, Logits logits, const Visit& vi
   for (std::size_t i = 0; i < deciders_.size() && has_consumers_; ++i)
     if (deciders_[i].bytes > 0)
       for (std::size_t r = 0; r < pass.rows.size(); ++r) pass.read[r] += pass.rows[r].sequence->held.is_fixed[i] ? 0.0 : deciders_[i].bytes;
+  pass.read_any = has_consumers_ ? 0.0 : linear_bytes_;
+  for (std::size_t i = 0; i < deciders_.size() && has_consumers_; ++i)
+    if (std::any_of(pass.rows.begin(), pass.rows.end(), [i](const auto& row) { return !row.sequence->held.is_fixed[i]; })) pass.read_any += deciders_[i].bytes;
   std::fill(pass.used.begin(), pass.used.begin() + n, has_consumers_ ? 0.0 : linear_weights_);
+  pass.used_any = has_consumers_ ? 0.0 : linear_weights_;
   pass.parts = {};
   laps_ = 0;
   pass.bad_width.store(0);
@@ -409,7 +413,7 @@ void Decoder::run(const std::vector<Feed>& feeds, Logits logits, const Visit& vi
     throw std::domain_error("A slot asks for " + std::to_string(std::max(bits, 0)) + " bits, which its unit does not offer.");
 
   const double seconds = std::chrono::duration<double>(Clock::now() - started).count();
-  double cache = 0, most = 0;
+  double cache = 0;
   const double item = spec_.exact ? 4 : 2;
   for (const Feed& feed : feeds) {
     for (const Block& b : blocks_) {
@@ -417,8 +421,7 @@ void Decoder::run(const std::vector<Feed>& feeds, Logits logits, const Visit& vi
       cache += 2 * item * spec_.kv_heads * spec_.head_dim * (b.window > 0 ? std::min(b.window, length) : length);
     }
   }
-  for (int r = 0; r < n; ++r) most = std::max(most, pass.read[static_cast<std::size_t>(r)]);
-  const double touched = most + cache + (pass.wanted.empty() ? 0.0 : output_bytes());
+  const double touched = (n > 1 ? pass.read_any : pass.read[0]) + cache + (pass.wanted.empty() ? 0.0 : output_bytes());
   int r = 0;
   for (const Feed& feed : feeds)
     for (int i = 0; i < feed.count; ++i, ++r) {
@@ -431,6 +434,7 @@ void Decoder::run(const std::vector<Feed>& feeds, Logits logits, const Visit& vi
       row.touched_bytes = touched / n;
       row.integers = pass.integers[static_cast<std::size_t>(r)];
       row.kept_weights = pass.used[static_cast<std::size_t>(r)] / linear_weights_;
+      row.pass_weights = n > 1 ? pass.used_any / linear_weights_ : row.kept_weights;
       const float* values = pass.slots.data() + static_cast<std::size_t>(r) * static_cast<std::size_t>(n_values_);
       const Mask* masks = pass.masks.data() + static_cast<std::size_t>(r) * static_cast<std::size_t>(n_masks_);
       row.values.assign(values, values + n_values_);

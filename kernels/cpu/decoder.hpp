@@ -57,6 +57,7 @@ struct RowTrace {
   IntegerCounts integers;        // of the inputs of integer products, each unit's once
   double touched_bytes = 0;      // everything the pass read: linears, output layer, cache; shared evenly
   double kept_weights = 1;       // share of the blocks' weights that this row used
+  double pass_weights = 1;       // share of them that any row of its pass used
   std::vector<float> values;     // what was decided, by the deciders' places
   std::vector<Mask> masks;
 };

@@ -158,6 +158,9 @@ struct Decoder::Pass {
     return masks[static_cast<std::size_t>(row) * d.n_masks_ + part.place]->data() + part.offset;
   }
   // Share of a part's entries that a row computes.
+  double read_tiles(const LinearLayer& layer, const std::uint8_t* entries, double kept, int per_output) const;
+  double read_share_any(const LinearLayer& layer) const;
+  double kept_share_any(const MaskPart& part, const std::vector<int>& of);
   double kept_share(const MaskPart& part, int row) const {
     if (!part) return 1;
     const std::uint8_t* entries = mask(part, row);
@@ -213,6 +216,10 @@ struct Decoder::Pass {
   std::vector<int> all_rows, attention_rows, mlp_rows, wanted;
   bool single = false;
   std::vector<double> read, used;      // by row: bytes and weights of the blocks' linears
+  double read_any = 0, used_any = 0;   // of what any row reads and uses, where there are several
+  std::vector<std::vector<std::uint8_t>> passed;  // by thread: which of the prepared unit's inputs passed for any of its rows
+  std::vector<std::uint8_t> any_input, any_entry; // the same of all rows; an entry of a mask
+  float kept_any = -1;                 // share of the inputs that passed for any row; -1 for no threshold
   std::vector<float> kept_inputs;      // by row: share of the prepared unit's inputs that passed its threshold; -1 for none
   std::vector<IntegerCounts> integers;  // by row
   std::array<double, kParts> parts{};

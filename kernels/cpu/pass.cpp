@@ -67,6 +67,7 @@ Decoder::Pass::Pass(Decoder& decoder)
   united.resize(static_cast<std::size_t>(nt)), listed.resize(static_cast<std::size_t>(nt));
   angles.resize(static_cast<std::size_t>(kMaxRows) * d.ropes_.size() * static_cast<std::size_t>(s.rotary_dim));
   read.resize(kMaxRows), used.resize(kMaxRows), kept_inputs.resize(kMaxRows);
+  passed.resize(static_cast<std::size_t>(nt));
   integers.resize(kMaxRows);
 }
 
@@ -193,29 +194,70 @@ double Decoder::Pass::read_share(const LinearLayer& layer, int row) const {
   return static_cast<double>(active) / f.at.n_blocks;
 }
 
+double Decoder::Pass::read_share_any(const LinearLayer& layer) const {
+  const Format& f = d.formats_[static_cast<std::size_t>(layer.format)];
+  if (layer.w.by_row) return 1.0;
+  if (layer.columns != nullptr) {
+    if (layer.place > 0) return 0;
+    if (kept_any < 0) return 1;
+    const int in = static_cast<int>(any_input.size()), group = layer.columns->at.group;
+    int groups = 0;
+    for (int begin = 0; begin < in; begin += group)
+      groups += std::any_of(any_input.begin() + begin, any_input.begin() + std::min(begin + group, in), [](std::uint8_t any) { return any != 0; });
+    return (layer.columns->group_bytes() * groups + layer.columns->channel_bytes() * kept_any * in) / layer.bytes[0];
+  }
+  if (f.mode != Mode::int8 && f.mode != Mode::f32) return 1.0;
+  const auto& of = shared_rows[static_cast<std::size_t>(layer.format)];
+  int active = 0;
+  for (int i = 0; i < f.at.n_blocks; ++i) active += std::any_of(of.begin(), of.begin() + static_cast<long>(rows.size()), [i](const Activation& a) { return a.active[i] != 0; });
+  return static_cast<double>(active) / f.at.n_blocks;
+}
+
+// Share of a layer's tiles that are read where `entries` of a mask are computed, or all of them where there is none.
+double Decoder::Pass::read_tiles(const LinearLayer& layer, const std::uint8_t* entries, double kept, int per_output) const {
+  const Matrix& w = layer.w;
+  if (w.by_row) return w.kind != Kind::packed && kept > kMostGathered ? 1 : kept;
+  if (entries == nullptr || kept >= 1 || layer.columns != nullptr || (per_output % kRows != 0 && per_output != 1)) return 1;
+  int n = 0;
+  for (int tile = 0; tile < w.tiles; ++tile) {
+    bool any = false;
+    for (int i = tile * kRows; i < std::min((tile + 1) * kRows, w.out) && !any; ++i) any = entries[i / per_output] != 0;
+    n += any;
+  }
+  return static_cast<double>(n) / w.tiles;
+}
+
+// Share of a mask's entries that any of some rows computes; the entries themselves are left in `any_entry`.
+double Decoder::Pass::kept_share_any(const MaskPart& part, const std::vector<int>& of) {
+  if (!part) return 1;
+  any_entry.assign(static_cast<std::size_t>(part.size), 0);
+  const std::uint8_t* last = nullptr;  // neighbouring rows often share their mask
+  for (const int r : of) {
+    const std::uint8_t* entries = mask(part, r);
+    if (entries == last) continue;
+    last = entries;
+    for (std::size_t i = 0; i < any_entry.size(); ++i) any_entry[i] |= entries[i];
+  }
+  return static_cast<double>(std::count_if(any_entry.begin(), any_entry.end(), [](std::uint8_t any) { return any != 0; })) / part.size;
+}
+
 void Decoder::Pass::count(const LinearLayer& layer, int t, MaskPart outputs, int per_output, MaskPart inputs, const std::vector<int>* subset) {
   if (t != 0 || !d.has_consumers_ || !layer.present) return;
-  const Matrix& w = layer.w;
-  for (const int r : subset != nullptr ? *subset : all_rows) {
+  const std::vector<int>& of = subset != nullptr ? *subset : all_rows;
+  const double size = static_cast<double>(layer.w.out) * layer.w.in;
+  double most = 0;  // bytes at the widest width that a row asks for
+  for (const int r : of) {
     const auto row = static_cast<std::size_t>(r);
     const long bits = layer.width_slot >= 0 ? std::clamp<long>(layer.bits(slot(layer.width_slot, r)), 0, 8) : 0;
-    const double kept = kept_share(outputs, r);
-    double tiles = 1;  // what is read of the rows is whole tiles
-    if (w.by_row) {
-      tiles = w.kind != Kind::packed && kept > kMostGathered ? 1 : kept;
-    } else if (outputs && kept < 1 && layer.columns == nullptr) {
-      const std::uint8_t* entries = mask(outputs, r);
-      int n = 0;
-      for (int tile = 0; tile < w.tiles; ++tile) {
-        bool any = false;
-        for (int i = tile * kRows; i < std::min((tile + 1) * kRows, w.out) && !any; ++i) any = entries[i / per_output] != 0;
-        n += any;
-      }
-      tiles = per_output % kRows == 0 || per_output == 1 ? static_cast<double>(n) / w.tiles : 1;
-    }
-    read[row] += layer.bytes[static_cast<std::size_t>(bits)] * tiles * read_share(layer, r);
-    used[row] += static_cast<double>(w.out) * w.in * kept * (kept_inputs[row] >= 0 ? static_cast<double>(kept_inputs[row]) : kept_share(inputs, r));
+    const double kept = kept_share(outputs, r), bytes = layer.bytes[static_cast<std::size_t>(bits)];
+    most = std::max(most, bytes);
+    read[row] += bytes * read_tiles(layer, outputs ? mask(outputs, r) : nullptr, kept, per_output) * read_share(layer, r);
+    used[row] += size * kept * (kept_inputs[row] >= 0 ? static_cast<double>(kept_inputs[row]) : kept_share(inputs, r));
   }
+  if (single || of.empty()) return;
+  const double kept = kept_share_any(outputs, of);
+  read_any += most * read_tiles(layer, outputs ? any_entry.data() : nullptr, kept, per_output) * read_share_any(layer);
+  used_any += size * kept * (kept_any >= 0 ? static_cast<double>(kept_any) : kept_share_any(inputs, of));
 }
 
 // The entries of a mask that any of the pass's rows computes.
@@ -581,6 +623,8 @@ void Decoder::Pass::block(int index, int t) {
                                 Array<float>* keep, int width, std::size_t unit) {
     const int threshold_slot = b.threshold_slot[unit];
     const auto [first, last] = single ? std::pair<int, int>{0, 1} : share(n, t, nt);
+    auto& seen = passed[static_cast<std::size_t>(t)];
+    if (threshold_slot >= 0 && !single) seen.assign(static_cast<std::size_t>(width), 0);
     for (int r = first; r < last; ++r) {
       const float* row = from.data() + static_cast<std::size_t>(r) * stride;
       if (norm != nullptr) {
@@ -594,6 +638,8 @@ void Decoder::Pass::block(int index, int t) {
         if (threshold_slot >= 0)
           kept_inputs[static_cast<std::size_t>(r)] = static_cast<float>(width - std::count(row, row + width, 0.0f)) / static_cast<float>(width);
       }
+      if (threshold_slot >= 0 && !single)
+        for (int i = 0; i < width; ++i) seen[static_cast<std::size_t>(i)] |= row[i] != 0.0f;
       int done = -1;
       for (const LinearLayer* layer : layers) {
         if (!layer->present || layer->format == done) continue;
@@ -617,6 +663,13 @@ void Decoder::Pass::block(int index, int t) {
     }
     if (!single) wait(kOther, t);
     else lap(kOther, t);
+    if (t != 0 || single) return;
+    kept_any = -1;
+    if (threshold_slot < 0) return;
+    any_input.assign(static_cast<std::size_t>(width), 0);  // no thread prepares another unit before this one has its products
+    for (const auto& part : passed)
+      for (std::size_t i = 0; i < any_input.size(); ++i) any_input[i] |= part[i];
+    kept_any = static_cast<float>(std::count(any_input.begin(), any_input.end(), 1)) / static_cast<float>(width);
   };
 
   // Attention.

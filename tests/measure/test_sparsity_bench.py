@@ -14,7 +14,14 @@ from workbench.apply.sparsity_config import Criterion
 from workbench.corpus import Window, questions
 from workbench.errors import InputError
 from workbench.measure.bench import BenchContext, run_bench
-from workbench.measure.benches import engine, sparsity, sparsity_methods, sparsity_quality, sparsity_questions
+from workbench.measure.benches import (
+    engine,
+    sparsity,
+    sparsity_batches,
+    sparsity_methods,
+    sparsity_quality,
+    sparsity_questions,
+)
 from workbench.measure.sparse_plans import layout_key, sparse_plan, sparse_policy
 from workbench.models import LoadedModel, load
 from workbench.runtime import open_engine
@@ -22,7 +29,7 @@ from workbench.runtime.base import StepTrace
 
 METHODS = ("random", "static", "magnitude", "oracle", "per-layer", "unified", "teal", "wina")
 SPARSITIES = (0.1, 0.3)
-PREFIX = 16
+PREFIX, SIZES = 16, (1, 3)
 
 
 @pytest.fixture(scope="module")
@@ -56,12 +63,21 @@ def patched() -> Any:
         patch.setattr(sparsity_questions, "questions", lambda: questions()[::20])
         patch.setattr(sparsity_questions, "_QUICK_EACH", 2)
         patch.setattr(engine, "PAIRS_FOR_A_CLAIM", 2)
+        patch.setattr(sparsity, "SIZES", SIZES)
+        patch.setattr(sparsity_batches, "PROMPT_TOKENS", 8)
+        patch.setattr(sparsity, "PROMPT_TOKENS", 8)
         yield patch
 
 
 @pytest.fixture(scope="module")
-def rows(model_folder: Path, patched: Any) -> list[dict[str, Any]]:
+def every(model_folder: Path, patched: Any) -> list[dict[str, Any]]:
     return list(run_bench("sparsity", model=str(model_folder), threads=1)["rows"])
+
+
+@pytest.fixture(scope="module")
+def rows(every: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """But for those of several sequences at once, which come last."""
+    return [entry for entry in every if "at once" not in entry["variant"]]
 
 
 @pytest.fixture(scope="module")
@@ -200,6 +216,33 @@ def test_columns_follow_from_one_another(rows: list[dict[str, Any]], quick: list
         assert entry["to_per_layer_published"] == pytest.approx(entry["kl_mean"] - other["kl_mean"], abs=1e-9)
     oracle, random = (chosen(rows, name, 0.3)["kl_mean"] for name in ("oracle", "random"))
     assert oracle < random
+
+
+def test_several_sequences_leave_out_less_together(every: list[dict[str, Any]], rows: list[dict[str, Any]]) -> None:
+    here = every[len(rows) :]
+    assert {r["batch"] for r in rows} == {1}
+    found = {(r["method"], r["weight_bits"], r["batch"]): r for r in here}
+    methods = ("dense", "static", "unified", "teal", "wina")
+    assert set(found) == {(m, bits, size) for m in methods for bits in (16, 4) for size in SIZES}
+    assert len(here) == len(found)
+    assert all(r["perplexity"] is None and r["speed_low"] <= r["speed_ratio"] <= r["speed_high"] for r in here)
+    for bits in (16, 4):
+        for method in methods:
+            one, many = (found[method, bits, size] for size in SIZES)
+            assert one["batch_sparsity"] == pytest.approx(one["effective_sparsity"])
+            assert many["decode_tokens_per_s"] == pytest.approx(1000 / many["ms_per_token"])
+            if method == "dense":
+                assert many["batch_sparsity"] == 0
+                assert many["speed_ratio"] == one["speed_ratio"] == 1
+            elif method == "static":  # one mask for all tokens loses nothing
+                assert (
+                    many["batch_sparsity"] == pytest.approx(many["effective_sparsity"]) == pytest.approx(0.27, abs=0.02)
+                )
+            else:
+                assert many["effective_sparsity"] > 0.1
+                assert many["batch_sparsity"] < 0.9 * many["effective_sparsity"]
+    masked = [r["prefix"] for r in rows if r["method"] == "unified" and r["perplexity"] is not None]
+    assert set(masked) == {PREFIX}
 
 
 def test_both_weights_keep_one_predictor(quick: list[dict[str, Any]]) -> None:

@@ -150,6 +150,36 @@ def test_score_batch_and_threads_compute_what_a_step_does(
     np.testing.assert_array_equal(engine.step(together, list(range(7))), expected)
 
 
+@pytest.mark.parametrize("columns", [True, False])
+def test_several_sequences_use_what_any_of_them_does(tiny_model: LoadedModel, columns: bool) -> None:
+    engine = CpuEngine(small(tiny_model), limits(tiny_model), columns=columns, threads=2)
+
+    def together(texts: list[list[int]]) -> tuple[list[Any], float]:
+        sequences = [engine.start() for _ in texts]
+        for sequence, text in zip(sequences, texts, strict=True):
+            if text[:-1]:
+                engine.prefill(sequence, text[:-1])
+        engine.step(sequences, [text[-1] for text in texts])
+        traces = [sequence.trace[-1] for sequence in sequences]
+        assert len({step.pass_weights for step in traces}) == 1
+        return traces, traces[0].pass_weights
+
+    one, used = together([TEXT[:12]])
+    assert used == one[0].kept_weights < 0.9
+    alike, same = together([TEXT[:12]] * 3)
+    assert same == pytest.approx(used)
+    unlike, more = together([TEXT[:12], TEXT[30:42], TEXT[60:72]])
+    kept = [step.kept_weights for step in unlike]
+    assert max(kept) < more < min(1, sum(kept))
+    assert more == pytest.approx(
+        1 - np.prod([1 - k for k in kept]), abs=0.15
+    )  # inputs of unlike texts are about independent
+    if columns:  # tiles are left out by whole blocks alone
+        assert alike[0].touched_bytes < unlike[0].touched_bytes
+    _, whole = together([TEXT[:12], TEXT[:1]])  # a first token leaves out nothing
+    assert whole == pytest.approx(1, abs=0.01)
+
+
 def test_no_later_token_changes_an_earlier_one(tiny_model: LoadedModel) -> None:
     engine = CpuEngine(small(tiny_model), limits(tiny_model), columns=True, threads=2)
     other = TEXT[:60] + [(t + 1) % 256 for t in TEXT[60:]]

@@ -94,6 +94,33 @@ def test_rows_alone_in_a_batch_in_a_prefill_and_in_score_are_alike(
 
 
 @pytest.mark.parametrize("name", MASK_PLANS)
+def test_several_sequences_use_what_any_of_them_does(tiny_model: LoadedModel, name: str) -> None:
+    engine = CpuEngine(small(tiny_model), MASK_PLANS[name](), threads=2)
+    sequences = [engine.start() for _ in range(3)]
+    for i, sequence in enumerate(sequences):
+        engine.prefill(sequence, TEXT[20 * i : 20 * i + 17])
+    engine.step(sequences, [1, 2, 3])
+    steps = [sequence.trace[-1] for sequence in sequences]
+    union = {slot: np.maximum.reduce([step.decisions[slot] for step in steps]) for slot in steps[0].decisions}
+    alone = engine.start(replay=[union] * 8)
+    engine.prefill(alone, TEXT[:6])
+    engine.step([alone], [TEXT[6]])
+    used = alone.trace[-1]
+    assert used.pass_weights == used.kept_weights
+    assert [step.pass_weights for step in steps] == pytest.approx([used.kept_weights] * 3)
+    most = max(step.kept_weights for step in steps)
+    assert most == used.kept_weights < 1 if name == "constant" else most < used.kept_weights < 1
+    # A pass reads once what any reads; beside the linears that is the output layer, and a cache for each.
+    beside = alone.trace[-1].touched_bytes - used.read_bytes
+    assert used.read_bytes < sum(step.touched_bytes for step in steps) - beside < used.read_bytes + 3 * beside
+    same = [engine.start(replay=[union] * 8) for _ in range(2)]
+    for sequence in same:
+        engine.prefill(sequence, TEXT[:6])
+    engine.step(same, [TEXT[6]] * 2)
+    assert same[0].trace[-1].pass_weights == pytest.approx(used.kept_weights)
+
+
+@pytest.mark.parametrize("name", MASK_PLANS)
 def test_later_text_changes_no_earlier_output(tiny_model: LoadedModel, name: str) -> None:
     engine = CpuEngine(small(tiny_model), MASK_PLANS[name](), threads=2)
     other = TEXT[:60] + [(t + 1) % 256 for t in TEXT[60:]]

@@ -29,13 +29,16 @@ from workbench.runtime.share_control import ShareController
 class Timing:
     """Seconds of each decoding step; bytes that a step touched, seconds of its parts and of timing them.
 
-    The last three are None where the engine does not say.
+    Those three are None where the engine does not say. ``left_out`` is the share of the blocks' weights that a token
+    did not use, ``left_out_by_all`` the share that none of a step's tokens did.
     """
 
     step_s: list[float]
     touched_bytes: float | None
     parts: dict[str, float] | None
     trace_s: float | None
+    left_out: float | None = None
+    left_out_by_all: float | None = None
 
 
 class Side(Protocol):
@@ -80,6 +83,43 @@ class CpuSide:
     def prefill(self, prompt: Sequence[int]) -> float:
         self._engine.set_policy(self._policy)
         return prefill_seconds(self._engine, prompt)
+
+
+class BatchSide(CpuSide):
+    """Several sequences at once, each with a prompt of its own and one more token at every step."""
+
+    def __init__(
+        self,
+        engine: CpuEngine,
+        policy: Policy,
+        controller: ShareController | None,
+        prompts: Sequence[Sequence[int]],
+    ) -> None:
+        super().__init__(engine, policy, controller)
+        self._prompts = prompts
+
+    def decode(self, prompt: Sequence[int], new_tokens: int) -> Timing:
+        engine, controller = self._engine, self._controller
+        engine.set_policy(self._policy if controller is None else controller.policy)
+        sequences, seconds = [engine.start() for _ in self._prompts], list[float]()
+        logits = [engine.prefill(s, given) for s, given in zip(sequences, self._prompts, strict=True)]
+        tokens = np.argmax(logits, axis=1)
+        for _ in range(new_tokens):
+            started = time.perf_counter()
+            tokens = np.argmax(engine.step(sequences, tokens.tolist()), axis=1)
+            seconds.append(time.perf_counter() - started)
+            if controller is not None:
+                controller.observe([sequence.trace[-1] for sequence in sequences])
+                engine.set_policy(controller.policy)
+        steps = [s.trace[-new_tokens:] for s in sequences]  # what a pass took lies shared out evenly on its tokens
+        passes = [sum(step.touched_bytes for step in here) for here in zip(*steps, strict=True)]
+        parts = {
+            name: float(np.median([sum(step.parts[name] for step in here) for here in zip(*steps, strict=True)]))
+            for name in steps[0][0].parts
+        }
+        kept = float(np.mean([[step.kept_weights for step in trace] for trace in steps]))
+        of_all = float(np.mean([step.pass_weights for step in steps[0]]))
+        return Timing(seconds, float(np.mean(passes)), parts, engine.trace_seconds, 1 - kept, 1 - of_all)
 
 
 class ReferenceSide:
@@ -143,8 +183,13 @@ def _open(sides: Sequence[dict[str, Any]], threads: int, context: int, job: Job)
                 engines[key] = _engine(side, threads, stored)
             engine = engines[key]
             if side["engine"] == "cpu":
-                controller = sparse and share_controller(stored(side["source"]), sparse)
-                found.append(CpuSide(engine, _policy(side, stored), controller))
+                controller, policy = sparse and share_controller(stored(side["source"]), sparse), _policy(side, stored)
+                prompts = side.get("prompts")
+                found.append(
+                    CpuSide(engine, policy, controller)
+                    if prompts is None
+                    else BatchSide(engine, policy, controller, prompts)
+                )
             else:
                 found.append(ReferenceSide(engine))
         job.advance()
@@ -185,7 +230,8 @@ def _selectors(model: CompressedModel) -> Selectors:
 def measure(request: dict[str, Any], job: Job) -> dict[str, Any]:
     """Time all sides in turns; ``benches.engine`` writes the request and reads the answer.
 
-    A side with ``decode`` false has its prefill timed alone, and no runs.
+    A side with ``decode`` false has its prefill timed alone, and no runs; one with ``prompts`` decodes from all of them
+    at once.
     """
     from workbench.runtime.cpu_build import kernels
 

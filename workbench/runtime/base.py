@@ -52,7 +52,9 @@ class StepTrace:
     wanted, padding. So in a small model, where few tiles are masked as a whole and a predictor is large beside the
     blocks, a mask may read more than none. Of a predictor all codes count, though those of hidden units that are zero
     are not read. The reference engine counts shares of weights. ``kept_weights`` is the share
-    of the block linears' weights that the step used (one less it is the effective sparsity). ``decisions`` maps each
+    of the block linears' weights that the step used (one less it is the effective sparsity), ``pass_weights`` the
+    share that any token of the same pass used: what a step of several sequences must read, each with its own mask (None
+    where the engine does not say; the reference engine does not). ``decisions`` maps each
     slot to the value in force: a number, or a mask uint8 (size,), which is not to be written to. Where inputs are
     rounded to integers with calibrated scales, ``clamped`` counts the codes that were clamped and ``beyond`` the inputs
     beyond the calibrated range, each unit's inputs once. (Sums cannot overflow: encodings whose sums could are
@@ -69,6 +71,7 @@ class StepTrace:
     clamped: int = 0
     beyond: int = 0
     kept_weights: float = 1.0
+    pass_weights: float | None = None
 
 
 class EngineSequence(Protocol):

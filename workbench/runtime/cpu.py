@@ -343,7 +343,7 @@ class CpuEngine(Guarded):
             begin = end
 
     def _step_trace(self, row: tuple) -> StepTrace:
-        position, token, seconds, read, touched, parts, values, masks, clamped, beyond, kept = row
+        position, token, seconds, read, touched, parts, values, masks, clamped, beyond, kept, kept_any = row
         numbers, arrays = iter(values), iter(masks)
         decisions = {name: next(numbers) if size == 1 else next(arrays) for name, size in self._slots}
         return StepTrace(
@@ -357,6 +357,7 @@ class CpuEngine(Guarded):
             clamped,
             beyond,
             kept,
+            kept_any,
         )
 
 

@@ -11,8 +11,16 @@ from typing import Any
 import numpy as np
 
 from workbench.measure.bench import BenchContext, Rows, bench
+from workbench.measure.benches import sparsity_methods, sparsity_quality
 from workbench.measure.benches.engine import bench_prompt, step_columns, time_in_turns
-from workbench.measure.benches.sparsity_methods import METHODS, Contender, contenders, group_size, standard
+from workbench.measure.benches.sparsity_batches import PROMPT_TOKENS, SIZES, batch_prompts, time_batches
+from workbench.measure.benches.sparsity_methods import (
+    METHODS,
+    Contender,
+    contenders,
+    group_size,
+    standard,
+)
 from workbench.measure.benches.sparsity_quality import engine_key, measure_quality
 from workbench.measure.benches.sparsity_questions import KEYS, measure_answers
 from workbench.measure.measurement import evaluation_windows
@@ -29,6 +37,8 @@ _WINDOWS, _QUICK_WINDOWS = (40, 256), (40, 96)  # how many, and their tokens, th
 _SPEED, _QUICK_SPEED = (3, 128), (1, 32)  # prompts read by each, and tokens decoded a round
 _RIVALS = ("random", "static", "per-layer", "per-layer-published")  # of "unified"
 
+_BATCHED = ("static", "unified", "teal", "wina")  # what is timed with several sequences at once
+
 Qualities = Mapping[Contender, QualityResult]  # on one text
 
 
@@ -38,6 +48,9 @@ Qualities = Mapping[Contender, QualityResult]  # on one text
         "weight_bits",
         "criterion",
         "scope",
+        "prefix",
+        "batch",
+        "batch_sparsity",
         "ratio",
         "ratio_to_whole",
         "ratio_to_whole_low",
@@ -81,6 +94,10 @@ def sparsity(context: BenchContext) -> Rows:
     that of the same weights whole, with masks in force from the first token of the reply on; ``decider_share`` what
     deciding takes of a step. ``note`` says why a row has no figures. Fits use text sampled from the model itself.
 
+    Where not quick, rows with a ``batch`` above 1 are of so many sequences decoded at once, of different texts:
+    ``effective_sparsity`` is what each left out, ``batch_sparsity`` what none of them used, which is all that a step
+    need not read; ``speed_ratio`` is over the weights whole with as many sequences.
+
     ``flips`` is how many of ``questions`` are answered unlike the dense model, ``flips_to_whole`` unlike the same
     weights whole; ``accuracy`` is the share of right answers and ``accuracy_change`` that less the dense model's, both
     by log-likelihood per byte. Questions are shorter than 64 tokens, so masks leave only what stands before a
@@ -98,7 +115,8 @@ def sparsity(context: BenchContext) -> Rows:
         rows += [(one, _row(one, found.get(one)) | _against(one, found)) for one in listed]
     answers = measure_answers(model, listed, context)
     speeds = _measure_speed(model, listed, context)
-    return [entry | answers.get(one, {}) | speeds.get(one, {}) for one, entry in rows]
+    every = [entry | answers.get(one, {}) | speeds.get(one, {}) for one, entry in rows]
+    return every if context.quick else [*every, *_batch_rows(model, listed, context)]
 
 
 def _texts(context: BenchContext) -> tuple[str, ...]:
@@ -125,6 +143,12 @@ def _row(contender: Contender, quality: QualityResult | None) -> dict[str, Any]:
         weight_bits=contender.bits,
         criterion=contender.criterion,
         scope=contender.scope,
+        prefix=None
+        if contender.asked is None
+        else 1
+        if contender.asked["kind"] == "inputs"
+        else sparsity_quality.PREFIX,
+        batch=1,
     )
     if quality is None:
         return entry | {"note": contender.note}
@@ -193,6 +217,45 @@ def _together(timed: Sequence[Contender], at_once: int) -> Iterator[Sequence[Con
         size = max(1, at_once - 1)
         for begin in range(0, max(1, len(others)), size):
             yield [whole, *others[begin : begin + size]]
+
+
+def _batch_rows(model: LoadedModel, listed: Sequence[Contender], context: BenchContext) -> list[dict[str, Any]]:
+    """Rows of several sequences decoded at once, of weights whole and with the one sparsity left out."""
+    prompts = batch_prompts(model, _texts(context)[0], max(SIZES))
+    sizes = [size for size in SIZES if size <= len(prompts)]
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        for bits in dict.fromkeys(one.bits for one in listed):
+            here = [one for one in listed if one.bits == bits and one.timed]
+            whole = next(one for one in here if one.method == "dense")
+            able = [one for one in here if one.method in _BATCHED and one.sparsity == sparsity_methods.ONE_SPARSITY]
+            chosen = [whole, *able][: max(2, engines_at_once(model.n_parameters))]
+            sides: list[tuple[str, Mapping[str, Any] | None]] = []
+            for index, one in enumerate(chosen):
+                made = one.whole if one.asked is None else one.tables
+                sides.append((str(made.folder or made.save(Path(folder) / f"{bits}-{index}")), one.asked))
+            for found in time_batches(sides, prompts, sizes, context):
+                one = chosen[found["side"]]
+                step = found["ms_per_step"]
+                rows.append(
+                    _row(one, None)
+                    | {
+                        "variant": f"{found['batch']} sequences at once: {one.variant}",
+                        "engine": "cpu",
+                        "text": None,
+                        "prefix": None if one.asked is None else PROMPT_TOKENS,
+                        "batch": found["batch"],
+                        "effective_sparsity": found["left_out"],
+                        "batch_sparsity": found["left_out_by_all"],
+                        "ms_per_token": step / found["batch"],
+                        "decode_tokens_per_s": 1000 * found["batch"] / step,
+                        "bytes_per_token": found["bytes_per_step"] / found["batch"],
+                        "speed_ratio": found["speed"],
+                        "speed_low": found["speed_low"],
+                        "speed_high": found["speed_high"],
+                    }
+                )
+    return rows
 
 
 def _timed(
