@@ -141,6 +141,7 @@ def test_look_pick_and_run(
         ]
     )
     assert re.search(r"Quality: \d+ tokens in 4 windows", part(page, "wb-measured").inner_text())
+    expect(part(page, "wb-batches").locator(".gtitle")).to_contain_text("several requests at once", timeout=60_000)
     expect(part(page, "wb-groups").locator(".gtitle")).to_contain_text("each field and language", timeout=60_000)
     expect(part(page, "wb-curves")).to_contain_text("measured: predicted masks", timeout=60_000)
     expect(part(page, "wb-texts").locator(".wb-prompt").first).to_have_text("<b>one</b> two")

@@ -240,7 +240,9 @@ def test_several_sequences_leave_out_less_together(every: list[dict[str, Any]], 
                 )
             else:
                 assert many["effective_sparsity"] > 0.1
-                assert many["batch_sparsity"] < 0.9 * many["effective_sparsity"]
+                assert many["batch_sparsity"] <= many["effective_sparsity"]
+            if method in ("teal", "wina"):
+                assert many["batch_sparsity"] < 0.5 * many["effective_sparsity"]
     masked = [r["prefix"] for r in rows if r["method"] == "unified" and r["perplexity"] is not None]
     assert set(masked) == {PREFIX}
 

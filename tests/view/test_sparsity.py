@@ -273,6 +273,13 @@ def test_a_run_measures_the_pick_beside_its_rivals(sitting: SparsitySitting) -> 
     assert f"{trial.n_tokens} tokens in 2 windows of prose" in html
     assert "a claim takes 40 windows" in html
 
+    together = trial.batches[trial.batches["line"] == trial.pick.line]
+    assert together["batch"].tolist() == trial.batches["batch"].tolist()[: len(together)] == [1, 2, 4, 8]
+    assert together["left_out_by_all"].iloc[0] == pytest.approx(together["left_out"].iloc[0])
+    assert together["left_out_by_all"].is_monotonic_decreasing
+    drawn = quality_plots.batch_lines(trial)
+    assert list(drawn.data[1].y) == together["left_out_by_all"].tolist()
+    assert list(drawn.data[2].y) == together["speed"].tolist()
     figure = quality_plots.group_dots(trial)
     assert [len(trace.y) for trace in figure.data] == [len(trial.groups) // 3] * 3
     assert "2 windows of prose" in figure.layout.title.subtitle.text
@@ -289,6 +296,7 @@ def test_true_masks_write_nothing(sitting: SparsitySitting) -> None:
     assert trial.generations == ()
     assert "not causal" in sparsity_panels.replies(trial)
     assert trial.table["ms_per_token"].isna().all()
+    assert trial.batches.empty
     assert "true masks cannot be chosen" in sparsity_panels.measured(trial)
 
 

@@ -135,9 +135,11 @@ class SparsityWorkbench(Workbench):
 
     def _make_results(self) -> None:
         self._measured, self._groups = html("wb-measured"), Picture("wb-groups")
+        self._batches = Picture("wb-batches")
         self._replied, self._texts = html("wb-replied"), html("wb-texts")
         self._measured.value = sparsity_panels.measured(None)
-        self._result_parts = [title("Measured"), self._measured, self._groups, self._replied, self._texts]
+        self._result_parts = [title("Measured"), self._measured, self._batches, self._groups]
+        self._result_parts += [self._replied, self._texts]
 
     # What the user does --------------------------------------------------------------------------------------------
 
@@ -179,6 +181,10 @@ class SparsityWorkbench(Workbench):
             self._follow_text(state)
         if state.trial is not before.trial and state.trial is not None:
             self._measured.value = sparsity_panels.measured(state.trial)
+            if len(state.trial.batches):
+                self._batches.show(quality_plots.batch_lines(state.trial))
+            else:  # not timed, which is said above
+                self._batches.clear()
             self._groups.show(quality_plots.group_dots(state.trial))
             self._replied.value = sparsity_panels.replies(state.trial)
             self._texts.value = panels.side_by_side(state.trial.generations, state.trial.pick.line)

@@ -242,3 +242,59 @@ def group_dots(trial: SparsityTrial) -> go.Figure:
         legend={"y": -0.2},
     )
     return figure
+
+
+def batch_lines(trial: SparsityTrial) -> go.Figure:
+    """What several requests leave out alone and together, and what is gained over the weights whole."""
+    table = trial.batches[trial.batches["line"] == trial.pick.line]
+    require_columns(table, ("batch", "left_out", "left_out_by_all", "speed", "speed_low", "speed_high"))
+    sizes = [str(size) for size in table["batch"]]
+    figure = make_subplots(cols=2, rows=1, subplot_titles=("left out", "speed over the weights whole"))
+    for column, name, color, symbol, dash in (
+        ("left_out", "by each request", SKY, "circle", "dot"),
+        ("left_out_by_all", "by all of them: need not be read", VERMILLION, "diamond", "solid"),
+    ):
+        figure.add_trace(
+            go.Scatter(
+                x=sizes,
+                y=table[column],
+                name=name,
+                mode="lines+markers",
+                line={"color": color, "dash": dash},
+                marker={"symbol": symbol, "size": 9},
+                hovertemplate="%{x} at once: %{y:.1%} " + name + "<extra></extra>",
+            ),
+            row=1,
+            col=1,
+        )
+    figure.add_trace(
+        go.Scatter(
+            x=sizes,
+            y=table["speed"],
+            error_y=interval_bars(table["speed_low"], table["speed"], table["speed_high"]),
+            name="speed",
+            mode="lines+markers",
+            line={"color": BLUE},
+            marker={"symbol": "square", "size": 9},
+            customdata=table["ms_per_step"],
+            hovertemplate="%{x} at once: %{y:.3f} times as fast, %{customdata:.2f} ms a step<extra></extra>",
+        ),
+        row=1,
+        col=2,
+    )
+    figure.add_hline(y=1.0, line={"color": GREY, "dash": "dot", "width": 1}, row=1, col=2)
+    for at in (1, 2):
+        figure.update_xaxes(title="requests at once", type="category", row=1, col=at)
+    figure.update_yaxes(tickformat=".0%", rangemode="tozero", row=1, col=1)
+    rounds = f"{trial.pairs} round{'s' if trial.pairs != 1 else ''} in turns, {trial.threads} threads"
+    figure.update_layout(
+        template=TEMPLATE,
+        title={
+            "text": "What is left of it with several requests at once",
+            "subtitle": {"text": join([f"{trial.pick.line} at {trial.pick.sparsity:.0%}", trial.text, rounds])},
+        },
+        height=380,
+        legend={"y": -0.3},
+    )
+    figure.update_annotations(font={"size": 12})
+    return figure

@@ -14,6 +14,7 @@ import pandas as pd
 
 from workbench.measure.bench import BenchContext
 from workbench.measure.benches.engine import bench_prompt, step_columns, time_in_turns
+from workbench.measure.benches.sparsity_batches import batch_prompts, time_batches
 from workbench.measure.benches.sparsity_quality import PREFIX
 from workbench.measure.environment import check_threads, environment
 from workbench.measure.measurement import evaluation_windows
@@ -32,6 +33,8 @@ from workbench.view.sparsity_picks import SparsityPick, SparsitySettings
 from workbench.view.texts import Generation, pieces
 
 WHOLE = "whole"
+_BATCHES, _BATCH_TOKENS = (1, 2, 4, 8), 8  # requests at once, and the tokens that each is given in a round
+_BATCH_COLUMNS = ("left_out", "left_out_by_all", "ms_per_step", "speed", "speed_low", "speed_high")
 _TIMED_TOKENS = 24  # of a round: a step takes milliseconds, and its median is what counts
 
 
@@ -47,6 +50,10 @@ class SparsityTrial:
             ``ms_per_token``, ``ms_p95``, ``speed``, ``speed_low``, ``speed_high`` (over the weights whole, in turns).
         groups: quality of the pick's line by domain and language: ``sparsity``, ``by``, ``group``, ``n_windows``,
             ``n_tokens``, ``ratio``, ``kl_mean``, ``kl_mean_low``, ``kl_mean_high``.
+        batches: several requests at once, whole (``line`` is ``whole``) and as picked: ``line``, ``batch``,
+            ``left_out``, ``left_out_by_all`` (of the blocks' weights, by each and by all of them), ``ms_per_step``,
+            ``speed``, ``speed_low``, ``speed_high`` (over the weights whole, as many at once); empty where it is not
+            timed.
         generations: greedy replies, dense beside the pick's; empty for masks that must know the text.
         left_out: share of the blocks' weights that the replies did not use, a reply; NaN of one that took no step.
         engine: that ran it.
@@ -59,6 +66,7 @@ class SparsityTrial:
     pick: SparsityPick
     table: pd.DataFrame
     groups: pd.DataFrame
+    batches: pd.DataFrame
     generations: tuple[Generation, ...]
     left_out: tuple[float, ...]
     engine: str
@@ -99,7 +107,8 @@ def try_pick(
     rivals = _rivals(tables, pick)
     curve = [pick.at(sparsity) for sparsity in settings.by_domain]
     whole, found = measured(tables, [*rivals, pick, *curve], text, record, settings, store, job)
-    speeds = _speeds(tables, pick, settings, BenchContext(tables.dense.source, record.name, threads, True, job=job))
+    context = BenchContext(tables.dense.source, record.name, threads, True, job=job)
+    speeds, batches = _speeds(tables, pick, settings, context)
     table = _table(whole, {one: found[one] for one in (*rivals, pick) if one in found}, pick, curves, speeds, settings)
     number = store.record_run(
         "measure",
@@ -115,6 +124,7 @@ def try_pick(
         pick,
         table,
         groups,
+        batches,
         replies,
         left_out,
         engine,
@@ -226,15 +236,17 @@ def _groups(found: Mapping[SparsityPick, QualityResult]) -> pd.DataFrame:
 
 def _speeds(
     tables: Tables, pick: SparsityPick, settings: SparsitySettings, context: BenchContext
-) -> dict[str, dict[str, float]]:
-    """Decoding of the weights whole and of the pick, in turns in one process; empty where the cpu engine cannot.
+) -> tuple[dict[str, dict[str, float]], pd.DataFrame]:
+    """Decoding of the weights whole and of the pick, in turns in one process, and with several requests at once.
 
-    The reference engine reads all weights whatever is left out, and true masks cannot be chosen while decoding.
+    Empty where the cpu engine cannot: the reference engine reads all weights whatever is left out, and true masks
+    cannot be chosen while decoding.
     """
-    made = tables.of(pick)
+    made, columns_of = tables.of(pick), ["line", "batch", *_BATCH_COLUMNS]
     if pick.method == "oracle" or choose_engine(settings.engine, made) != "cpu":
-        return {}
-    prompt = bench_prompt(tables.dense)
+        return {}, pd.DataFrame(columns=columns_of)
+    prompt, names = bench_prompt(tables.dense), (WHOLE, pick.line)
+    prompts = batch_prompts(tables.dense, settings.text, max(_BATCHES), seed=settings.seed)
     with tempfile.TemporaryDirectory() as folder:
         source = str(made.folder or made.save(Path(folder) / "model"))
         common: dict[str, Any] = {"engine": "cpu", "source": source, "dtype": "float32", "bits": None}
@@ -243,7 +255,14 @@ def _speeds(
         answer = time_in_turns(
             sides, prompt, context, prefill_repeats=1, pairs=settings.pairs, new_tokens=_TIMED_TOKENS
         )
-    names = (WHOLE, pick.line)
+        together = time_batches(
+            [(source, None), (source, pick.asked)],
+            prompts,
+            [size for size in _BATCHES if size <= len(prompts)],
+            context,
+            pairs=settings.pairs,
+            new_tokens=_BATCH_TOKENS,
+        )
     found: dict[str, dict[str, float]] = {}
     steps: list[np.ndarray] = []
     for name, side in zip(names, answer["sides"], strict=True):
@@ -252,7 +271,8 @@ def _speeds(
         steps.append(np.array([np.median(run["step_s"]) for run in side["runs"]]))
     ratio = median_bootstrap(steps[0] / steps[1], seed=settings.seed)
     found[pick.line] |= {"speed": ratio.value, "speed_low": ratio.low, "speed_high": ratio.high}
-    return found
+    batches = pd.DataFrame([row | {"line": names[row["side"]]} for row in together])
+    return found, batches[columns_of]
 
 
 def decided(replies: Sequence[float]) -> float:
