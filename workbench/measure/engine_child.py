@@ -86,27 +86,30 @@ class CpuSide:
 
 
 class BatchSide(CpuSide):
-    """Several sequences at once, each with a prompt of its own and one more token at every step."""
+    """Several texts at once: all but the last tokens of each are its prompt, and those are fed step by step.
+
+    Given text, and not replies: where much is left out replies fall into loops, and choose more alike than texts do.
+    """
 
     def __init__(
         self,
         engine: CpuEngine,
         policy: Policy,
         controller: ShareController | None,
-        prompts: Sequence[Sequence[int]],
+        texts: Sequence[Sequence[int]],
     ) -> None:
         super().__init__(engine, policy, controller)
-        self._prompts = prompts
+        self._texts = texts
 
     def decode(self, prompt: Sequence[int], new_tokens: int) -> Timing:
         engine, controller = self._engine, self._controller
         engine.set_policy(self._policy if controller is None else controller.policy)
-        sequences, seconds = [engine.start() for _ in self._prompts], list[float]()
-        logits = [engine.prefill(s, given) for s, given in zip(sequences, self._prompts, strict=True)]
-        tokens = np.argmax(logits, axis=1)
-        for _ in range(new_tokens):
+        sequences, seconds = [engine.start() for _ in self._texts], list[float]()
+        for sequence, text in zip(sequences, self._texts, strict=True):
+            engine.prefill(sequence, text[:-new_tokens])
+        for tokens in zip(*(text[-new_tokens:] for text in self._texts), strict=True):
             started = time.perf_counter()
-            tokens = np.argmax(engine.step(sequences, tokens.tolist()), axis=1)
+            engine.step(sequences, tokens)
             seconds.append(time.perf_counter() - started)
             if controller is not None:
                 controller.observe([sequence.trace[-1] for sequence in sequences])
@@ -184,11 +187,11 @@ def _open(sides: Sequence[dict[str, Any]], threads: int, context: int, job: Job)
             engine = engines[key]
             if side["engine"] == "cpu":
                 controller, policy = sparse and share_controller(stored(side["source"]), sparse), _policy(side, stored)
-                prompts = side.get("prompts")
+                texts = side.get("texts")
                 found.append(
                     CpuSide(engine, policy, controller)
-                    if prompts is None
-                    else BatchSide(engine, policy, controller, prompts)
+                    if texts is None
+                    else BatchSide(engine, policy, controller, texts)
                 )
             else:
                 found.append(ReferenceSide(engine))
@@ -230,8 +233,8 @@ def _selectors(model: CompressedModel) -> Selectors:
 def measure(request: dict[str, Any], job: Job) -> dict[str, Any]:
     """Time all sides in turns; ``benches.engine`` writes the request and reads the answer.
 
-    A side with ``decode`` false has its prefill timed alone, and no runs; one with ``prompts`` decodes from all of them
-    at once.
+    A side with ``decode`` false has its prefill timed alone, and no runs; one with ``texts`` reads all of them at
+    once.
     """
     from workbench.runtime.cpu_build import kernels
 

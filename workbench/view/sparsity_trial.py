@@ -14,7 +14,7 @@ import pandas as pd
 
 from workbench.measure.bench import BenchContext
 from workbench.measure.benches.engine import bench_prompt, step_columns, time_in_turns
-from workbench.measure.benches.sparsity_batches import batch_prompts, time_batches
+from workbench.measure.benches.sparsity_batches import batch_texts, time_batches
 from workbench.measure.benches.sparsity_quality import PREFIX
 from workbench.measure.environment import check_threads, environment
 from workbench.measure.measurement import evaluation_windows
@@ -246,7 +246,7 @@ def _speeds(
     if pick.method == "oracle" or choose_engine(settings.engine, made) != "cpu":
         return {}, pd.DataFrame(columns=columns_of)
     prompt, names = bench_prompt(tables.dense), (WHOLE, pick.line)
-    prompts = batch_prompts(tables.dense, settings.text, max(_BATCHES), seed=settings.seed)
+    texts = batch_texts(tables.dense, settings.text, max(_BATCHES), _BATCH_TOKENS, seed=settings.seed)
     with tempfile.TemporaryDirectory() as folder:
         source = str(made.folder or made.save(Path(folder) / "model"))
         common: dict[str, Any] = {"engine": "cpu", "source": source, "dtype": "float32", "bits": None}
@@ -257,11 +257,10 @@ def _speeds(
         )
         together = time_batches(
             [(source, None), (source, pick.asked)],
-            prompts,
-            [size for size in _BATCHES if size <= len(prompts)],
+            texts,
+            [size for size in _BATCHES if size <= len(texts)],
             context,
             pairs=settings.pairs,
-            new_tokens=_BATCH_TOKENS,
         )
     found: dict[str, dict[str, float]] = {}
     steps: list[np.ndarray] = []

@@ -13,7 +13,7 @@ import numpy as np
 from workbench.measure.bench import BenchContext, Rows, bench
 from workbench.measure.benches import sparsity_methods, sparsity_quality
 from workbench.measure.benches.engine import bench_prompt, step_columns, time_in_turns
-from workbench.measure.benches.sparsity_batches import PROMPT_TOKENS, SIZES, batch_prompts, time_batches
+from workbench.measure.benches.sparsity_batches import PROMPT_TOKENS, SIZES, batch_texts, time_batches
 from workbench.measure.benches.sparsity_methods import (
     METHODS,
     Contender,
@@ -37,6 +37,7 @@ _WINDOWS, _QUICK_WINDOWS = (40, 256), (40, 96)  # how many, and their tokens, th
 _SPEED, _QUICK_SPEED = (3, 128), (1, 32)  # prompts read by each, and tokens decoded a round
 _RIVALS = ("random", "static", "per-layer", "per-layer-published")  # of "unified"
 
+_BATCH_TOKENS = 16  # steps a round
 _BATCHED = ("static", "unified", "teal", "wina")  # what is timed with several sequences at once
 
 Qualities = Mapping[Contender, QualityResult]  # on one text
@@ -221,8 +222,8 @@ def _together(timed: Sequence[Contender], at_once: int) -> Iterator[Sequence[Con
 
 def _batch_rows(model: LoadedModel, listed: Sequence[Contender], context: BenchContext) -> list[dict[str, Any]]:
     """Rows of several sequences decoded at once, of weights whole and with the one sparsity left out."""
-    prompts = batch_prompts(model, _texts(context)[0], max(SIZES))
-    sizes = [size for size in SIZES if size <= len(prompts)]
+    texts = batch_texts(model, _texts(context)[0], max(SIZES), _BATCH_TOKENS)
+    sizes = [size for size in SIZES if size <= len(texts)]
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         for bits in dict.fromkeys(one.bits for one in listed):
@@ -234,7 +235,7 @@ def _batch_rows(model: LoadedModel, listed: Sequence[Contender], context: BenchC
             for index, one in enumerate(chosen):
                 made = one.whole if one.asked is None else one.tables
                 sides.append((str(made.folder or made.save(Path(folder) / f"{bits}-{index}")), one.asked))
-            for found in time_batches(sides, prompts, sizes, context):
+            for found in time_batches(sides, texts, sizes, context):
                 one = chosen[found["side"]]
                 step = found["ms_per_step"]
                 rows.append(

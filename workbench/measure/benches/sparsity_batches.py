@@ -19,34 +19,32 @@ from workbench.measure.statistics import median_bootstrap
 from workbench.models.base import LoadedModel
 
 SIZES = (1, 2, 4, 8, 16)
-PROMPT_TOKENS = 32
+PROMPT_TOKENS = 32  # of each text; masks are in force after them
 
 
-def batch_prompts(model: LoadedModel, text: str, count: int, *, seed: int = 0) -> list[list[int]]:
-    """Windows of a text that as many sequences go on from, ``count`` of them or as many as it has; of one length."""
-    windows, _ = evaluation_windows(text, model, count, PROMPT_TOKENS, seed=seed)
+def batch_texts(model: LoadedModel, text: str, count: int, new_tokens: int, *, seed: int = 0) -> list[list[int]]:
+    """Windows of a text, of ``new_tokens`` after their prompt: ``count`` of them, or as many as it has."""
+    windows, _ = evaluation_windows(text, model, count, PROMPT_TOKENS + new_tokens, seed=seed)
     return [list(window.tokens) for window in windows]
 
 
 def time_batches(
     sides: Sequence[tuple[str, Mapping[str, Any] | None]],
-    prompts: Sequence[Sequence[int]],
+    texts: Sequence[Sequence[int]],
     sizes: Sequence[int],
     context: BenchContext,
     *,
     pairs: int | None = None,
-    new_tokens: int = 16,
 ) -> list[dict[str, Any]]:
     """Time steps of several sequences, in turns in one process.
 
     Args:
         sides: folder of a compressed model, and what of it is left out (``measure.sparse_plans``). The first is the
             weights whole (None).
-        prompts: of the sequences, of one length; the first ``size`` of them in a batch. Masks are in force after them.
-        sizes: sequences a step.
+        texts: of one length; the first ``size`` of them in a batch.
+        sizes: texts at once, no more than there are.
         context: of the bench.
         pairs: rounds; None for as many as a claim takes.
-        new_tokens: steps a round.
 
     Returns:
         By side and size: ``side`` (its index), ``batch``, ``left_out`` (share of the blocks' weights that a sequence's
@@ -57,9 +55,12 @@ def time_batches(
     asked: list[dict[str, Any]] = []
     for index, size in keys:
         source, sparse = sides[index]
-        one = {"engine": "cpu", "source": source, "dtype": "float32", "bits": None, "prompts": list(prompts[:size])}
-        asked.append(one | {"sparse": None if sparse is None else {**sparse, "prefix": len(prompts[0])}})
-    answer = time_in_turns(asked, prompts[0], context, prefill_repeats=1, pairs=pairs, new_tokens=new_tokens)
+        one = {"engine": "cpu", "source": source, "dtype": "float32", "bits": None, "texts": list(texts[:size])}
+        asked.append(one | {"sparse": None if sparse is None else {**sparse, "prefix": PROMPT_TOKENS}})
+    prompt = texts[0][:PROMPT_TOKENS]
+    answer = time_in_turns(
+        asked, prompt, context, prefill_repeats=1, pairs=pairs, new_tokens=len(texts[0]) - PROMPT_TOKENS
+    )
     runs = {key: side["runs"] for key, side in zip(keys, answer["sides"], strict=True)}
     medians = {key: np.array([np.median(run["step_s"]) for run in found]) for key, found in runs.items()}
     rows = []
