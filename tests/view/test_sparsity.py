@@ -208,7 +208,7 @@ def test_what_is_not_possible_is_one_clear_error(sitting: SparsitySitting) -> No
     before = sitting.state.pick
     cases: tuple[tuple[dict[str, Any], str], ...] = (
         ({"sparsity": 0.9}, "A sparsity of 0.9 is not possible here: give 0 to 0.7."),
-        ({"sparsity": 0.7}, "ask for less"),  # this model has two blocks that may be masked
+        ({"sparsity": 0.7}, "ask for at most 0.5"),  # this model has two blocks that may be masked
         ({"method": "perfect"}, "allowed are predicted, static"),
         ({"scope": "sometimes"}, "allowed are token, every, reply"),
         ({"criterion": "plainct"}, "plainact"),

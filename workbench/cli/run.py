@@ -126,7 +126,9 @@ def compress(
         console.say(f"Time of the fit: {duration(compressed.fit_seconds)}.")
     console.say(f"Written: {folder}")
     console.say(f"Next: workbench measure {shlex.quote(str(out))}")
-    console.say(f'      workbench generate {shlex.quote(str(out))} "Why is the sky blue?"{_choice(compressed)}')
+    # The first tokens of a text stay whole under masks, so it takes a longer reply to see them at work.
+    prompt = "Why is the sky blue?" if compressed.mask_predictor is None else "Tell me a long story about the sea."
+    console.say(f'      workbench generate {shlex.quote(str(out))} "{prompt}"{_choice(compressed)}')
 
 
 def _choice(compressed: CompressedModel) -> str:

@@ -111,7 +111,8 @@ class Sparse:
             made_for = str(self.predictor.facts["scope"])
             if self.scope is not None and self.scope.kind != made_for:
                 why = f"thresholds were made for the scope '{made_for}'"
-                fit = f"take that, or fit the predictor with 'scope': '{self.scope.kind}'"
+                n = f" and 'n': {self.scope.n}" if self.scope.kind == "every" else ""
+                fit = f"take that, or fit the predictor with 'scope': '{self.scope.kind}'{n}"
         where = "" if self.predictor is None or not self.prefix else f" after the first {self.prefix} tokens"
         return (
             f"Warning: {found:.1%} of the blocks' weights were left out{where}, {self.wanted:.1%} was asked for: "
@@ -291,7 +292,7 @@ def open_sparse(
     named = {
         "--scope": scope is not None,
         "--important": important,
-        "--guard": guard is not None,
+        "--guard" if guard else "--no-guard": guard is not None,
         "--fail-safe": fail_safe,
         "--log": log is not None,
         "--log-features": features is not None,

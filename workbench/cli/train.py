@@ -85,6 +85,11 @@ def train_relu(
         f"Perplexity on {made.seen.n_tokens:,} held-out tokens: {made.perplexity:.1f}; by the tokens' frequency alone: "
         f"{made.unigram_perplexity:.1f}."
     )
+    if made.perplexity > made.vocabulary:
+        console.tell(
+            f"The model is worse than guessing among its {made.vocabulary:,} tokens: train it for more steps, or on "
+            "more text like that."
+        )
     rows = [
         (f"blocks.{block}", f"{zero:.1%}", f"{silent:.1%}")
         for block, (zero, silent) in enumerate(zip(made.seen.zeros, made.seen.silent, strict=True))

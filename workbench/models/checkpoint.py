@@ -58,7 +58,10 @@ def weight_files(folder: Path) -> list[Path]:
 
 def _no_weights(folder: Path) -> ModelError:
     if (folder / "compressed.json").is_file():
-        return ModelError(f"{folder} is a compressed model: open it with an engine (workbench.runtime.open_engine).")
+        return ModelError(
+            f"{folder} is a compressed model, and this takes the dense one that it was made from (in Python, "
+            "workbench.runtime.open_engine opens it)."
+        )
     found = sorted(path.name for path in folder.iterdir() if path.is_file())
     pickles = [name for name in found if Path(name).suffix.lower() in PICKLE_SUFFIXES]
     if pickles:

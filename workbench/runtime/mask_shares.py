@@ -167,8 +167,17 @@ def highest_sparsity(
     """The most that ``mask_thresholds`` can be asked for with these options."""
     groups = predictor_groups(architecture, predictor)
     free = _free(architecture, groups, protected)
+    return _highest(architecture, groups, free, allocation_of(predictor, allocation), heads)
+
+
+def _highest(
+    architecture: Architecture,
+    groups: Sequence[MaskGroup],
+    free: np.ndarray,
+    allocation: Allocation,
+    heads: float | None,
+) -> float:
     # What each pool should leave out lies on a straight line in the sparsity: two points of it say where it is full.
-    allocation = allocation_of(predictor, allocation)
     none, half = (_wanted(architecture, groups, free, at, allocation, heads) for at in (0.0, 0.5))
     pairs = [(start, 2 * (middle - start), room) for (_, start, room), (_, middle, _) in zip(none, half, strict=True)]
     if any(start > room for start, _, room in pairs):
@@ -190,11 +199,12 @@ def _pools(
     size = total_weights(architecture)
     for members, wanted, room in pools:
         if wanted < -1e-9 or wanted > room * (1 + 1e-9):
+            most = _highest(architecture, groups, free, allocation, heads)
             kinds = " and ".join(sorted({groups[i].kind for i in members.tolist()})) or "units"
             raise InputError(
                 f"A sparsity of {sparsity:g} is not possible here: the {kinds} that may be left out hold "
                 f"{room / size:.3g} of the weights, and {wanted / size:.3g} is asked of them: "
-                "ask for less, or protect fewer blocks."
+                f"ask for at most {math.floor(1000 * most) / 1000:g}, or protect fewer blocks."
             )
     return [(members, wanted) for members, wanted, _ in pools if wanted > 0]
 

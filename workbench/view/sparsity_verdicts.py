@@ -78,8 +78,8 @@ def static_said(seen: Look) -> str:
     parts = [f"at {row.sparsity:.0%} the {_word(row)} ({_nats(row)})" for row in seen.to_static.itertuples()]
     few = "" if seen.n_windows >= ENOUGH_WINDOWS else f", too few for a claim (at least {ENOUGH_WINDOWS} windows)"
     return (
-        f"Against the static mask that costs least, KL in nats a token on {seen.n_tokens} tokens in {seen.n_windows} "
-        f"windows of sampled text{few}: {'; '.join(parts)}."
+        "Against the static mask that costs least, KL of the predicted mask more than of that one, in nats a token on "
+        f"{seen.n_tokens} tokens in {seen.n_windows} windows of sampled text{few}: {'; '.join(parts)}."
     )
 
 
