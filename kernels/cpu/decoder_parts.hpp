@@ -157,10 +157,10 @@ struct Decoder::Pass {
   const std::uint8_t* mask(const MaskPart& part, int row) const {
     return masks[static_cast<std::size_t>(row) * d.n_masks_ + part.place]->data() + part.offset;
   }
-  // Share of a part's entries that a row computes.
   double read_tiles(const LinearLayer& layer, const std::uint8_t* entries, double kept, int per_output) const;
-  double read_share_any(const LinearLayer& layer) const;
+  double read_share_any(const LinearLayer& layer) const;  // as read_share, of what any row reads
   double kept_share_any(const MaskPart& part, const std::vector<int>& of);
+  // Share of a part's entries that a row computes.
   double kept_share(const MaskPart& part, int row) const {
     if (!part) return 1;
     const std::uint8_t* entries = mask(part, row);
