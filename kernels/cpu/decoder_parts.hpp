@@ -159,7 +159,8 @@ struct Decoder::Pass {
   }
   double read_tiles(const LinearLayer& layer, const std::uint8_t* entries, double kept, int per_output) const;
   double read_share_any(const LinearLayer& layer) const;  // as read_share, of what any row reads
-  double kept_share_any(const MaskPart& part, const std::vector<int>& of);
+  double kept_share(const MaskPart& part, const std::uint8_t* entries) const;
+  const std::uint8_t* any_of(const MaskPart& part, const std::vector<int>& of, std::vector<std::uint8_t>& all) const;
   // Share of a part's entries that a row computes.
   double kept_share(const MaskPart& part, int row) const {
     if (!part) return 1;

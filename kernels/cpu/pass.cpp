@@ -227,18 +227,9 @@ double Decoder::Pass::read_tiles(const LinearLayer& layer, const std::uint8_t* e
   return static_cast<double>(n) / w.tiles;
 }
 
-// Share of a mask's entries that any of some rows computes; the entries themselves are left in `any_entry`.
-double Decoder::Pass::kept_share_any(const MaskPart& part, const std::vector<int>& of) {
-  if (!part) return 1;
-  any_entry.assign(static_cast<std::size_t>(part.size), 0);
-  const std::uint8_t* last = nullptr;  // neighbouring rows often share their mask
-  for (const int r : of) {
-    const std::uint8_t* entries = mask(part, r);
-    if (entries == last) continue;
-    last = entries;
-    for (std::size_t i = 0; i < any_entry.size(); ++i) any_entry[i] |= entries[i];
-  }
-  return static_cast<double>(std::count_if(any_entry.begin(), any_entry.end(), [](std::uint8_t any) { return any != 0; })) / part.size;
+// Share of a mask's entries that are computed.
+double Decoder::Pass::kept_share(const MaskPart& part, const std::uint8_t* entries) const {
+  return entries == nullptr ? 1 : static_cast<double>(std::count_if(entries, entries + part.size, [](std::uint8_t any) { return any != 0; })) / part.size;
 }
 
 void Decoder::Pass::count(const LinearLayer& layer, int t, MaskPart outputs, int per_output, MaskPart inputs, const std::vector<int>* subset) {
@@ -255,18 +246,18 @@ void Decoder::Pass::count(const LinearLayer& layer, int t, MaskPart outputs, int
     used[row] += size * kept * (kept_inputs[row] >= 0 ? static_cast<double>(kept_inputs[row]) : kept_share(inputs, r));
   }
   if (single || of.empty()) return;
-  const double kept = kept_share_any(outputs, of);
-  read_any += most * read_tiles(layer, outputs ? any_entry.data() : nullptr, kept, per_output) * read_share_any(layer);
-  used_any += size * kept * (kept_any >= 0 ? static_cast<double>(kept_any) : kept_share_any(inputs, of));
+  const std::uint8_t* entries = outputs ? any_of(outputs, of, any_entry) : nullptr;
+  const double kept = kept_share(outputs, entries);
+  read_any += most * read_tiles(layer, entries, kept, per_output) * read_share_any(layer);
+  used_any += size * kept * (kept_any >= 0 ? static_cast<double>(kept_any) : kept_share(inputs, inputs ? any_of(inputs, of, any_entry) : nullptr));
 }
 
-// The entries of a mask that any of the pass's rows computes.
-const std::uint8_t* Decoder::Pass::any_row(const MaskPart& part, int t) {
-  const std::uint8_t* first = mask(part, 0);
-  auto& all = united[static_cast<std::size_t>(t)];
+// The entries of a mask that any of `of` computes; `all` holds them where rows differ.
+const std::uint8_t* Decoder::Pass::any_of(const MaskPart& part, const std::vector<int>& of, std::vector<std::uint8_t>& all) const {
+  const std::uint8_t* first = mask(part, of.front());
   const std::uint8_t* last = first;  // neighbouring rows often share their mask
   bool one = true;
-  for (int r = 1; r < static_cast<int>(rows.size()); ++r) {
+  for (const int r : of) {
     const std::uint8_t* entries = mask(part, r);
     if (entries == last) continue;
     if (one) all.assign(first, first + part.size);
@@ -275,6 +266,9 @@ const std::uint8_t* Decoder::Pass::any_row(const MaskPart& part, int t) {
   }
   return one ? first : all.data();
 }
+
+// The same of all rows of the pass.
+const std::uint8_t* Decoder::Pass::any_row(const MaskPart& part, int t) { return any_of(part, all_rows, united[static_cast<std::size_t>(t)]); }
 
 // List the neurons that a thread computes, and return the tiles that they lie in: its share of those that any row computes.
 std::pair<int, int> Decoder::Pass::list_neurons(const Block& b, int t) {
